@@ -1,0 +1,498 @@
+"""The values that travel between processes, as frozen dataclasses.
+
+Each mirrors the message of the same name in `protos/`, field by field; `codec.py` carries one
+into the other. Meaning and units of the fields are documented there, in one place.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+_NOTHING: Mapping[str, int] = MappingProxyType({})
+
+
+class DType(enum.IntEnum):
+    """Format of tensor elements on the wire, little endian."""
+
+    UNSPECIFIED = 0
+    FLOAT32 = 1
+    BFLOAT16 = 2
+    FLOAT16 = 3
+    FLOAT64 = 4
+
+
+class FactoredAxes(enum.IntEnum):
+    """Which two axes of a tensor the second moment is factored over."""
+
+    UNSPECIFIED = 0
+    LAST_TWO = 1
+    LARGEST_TWO = 2
+
+
+class EpsPlacement(enum.IntEnum):
+    """Where eps1 enters: added to the squared gradient, or as a lower bound."""
+
+    UNSPECIFIED = 0
+    ADDED = 1
+    CLAMPED = 2
+
+
+class WeightDecayMode(enum.IntEnum):
+    """What weight decay is multiplied with: alpha, lr, or one."""
+
+    UNSPECIFIED = 0
+    ALPHA = 1
+    LR = 2
+    PLAIN = 3
+
+
+class Outcome(enum.IntEnum):
+    """How a step ended, on all shards alike."""
+
+    UNSPECIFIED = 0
+    APPLY = 1
+    SKIP = 2
+
+
+class OnExisting(enum.IntEnum):
+    """What a worker wants when its job exists already."""
+
+    UNSPECIFIED = 0
+    RESUME = 1
+    REPLACE = 2
+    ERROR = 3
+
+
+# --- what a job is -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdafactorLayout:
+    """What makes up Adafactor's state of a group; fixed for the job's life."""
+
+    factored_axes: FactoredAxes = FactoredAxes.LAST_TWO
+    min_dim_size_to_factor: int = 1
+    momentum: bool = False
+    eps_placement: EpsPlacement = EpsPlacement.ADDED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """A group of parameters: what of its optimizer is fixed when the job begins."""
+
+    adafactor: AdafactorLayout | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """One tensor of the model: its name, shape and group."""
+
+    name: str
+    shape: tuple[int, ...] = ()
+    group: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSpec:
+    """What a job is: equal for all its workers."""
+
+    parameters: tuple[Parameter, ...]
+    groups: tuple[Group, ...]
+    slice_bytes: int
+    min_workers: int
+
+
+# --- what a step is ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """beta2 and rho for one step count of a parameter."""
+
+    step_count: int
+    beta2: float
+    rho: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdafactorStep:
+    """Adafactor's hyper-parameters of one step."""
+
+    eps1: float
+    eps2: float
+    clip_threshold: float
+    beta1: float = 0.0
+    weight_decay: float = 0.0
+    weight_decay_mode: WeightDecayMode = WeightDecayMode.ALPHA
+    scale_parameter: bool = True
+    lr: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupStep:
+    """A group's settings for one step, with scalars for every step count in it."""
+
+    adafactor: AdafactorStep | None = None
+    schedules: tuple[Schedule, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What a step was; the same bits whoever forms it."""
+
+    step: int
+    workers: tuple[str, ...]
+    shares: tuple[float, ...]
+    outcome: Outcome
+    present: bytes
+    step_counts: tuple[int, ...]
+    groups: tuple[GroupStep, ...]
+    squared_norm: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A run of elements of one slice in a frame's payload; count 0: whole and unchanged."""
+
+    slice: int
+    start: int
+    count: int
+    dtype: DType
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begin:
+    """First frame of a push or pull."""
+
+    job: str
+    generation: int
+    sender: str
+    receiver: str
+    step: int
+    push: bool
+    version: int = -1
+    present: bytes = b""
+    share: float = 1.0
+    groups: tuple[GroupStep, ...] = ()
+    dtypes: tuple[DType, ...] = (DType.FLOAT32,)
+    slices: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Acknowledge:
+    """Answers `Begin` at once."""
+
+    version: int
+    complete: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadBegin:
+    """First frame of an upload of whole slices to a shard."""
+
+    job: str
+    generation: int
+    sender: str
+    receiver: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadReply:
+    """How an upload ended."""
+
+    slice_count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a shard tells the others when its round is full."""
+
+    job: str
+    generation: int
+    sender: str
+    step: int
+    workers: tuple[str, ...]
+    finite: bool
+    slices: tuple[int, ...]
+    squared_sums: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangeRequest:
+    """A report on its way to one shard."""
+
+    receiver: str
+    report: Report
+    wanted: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangeResponse:
+    """The acknowledgement, with the receiver's own report where it was wanted."""
+
+    report: Report | None = None
+
+
+# --- membership ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lineage:
+    """Where a job's weights came from."""
+
+    number: int
+    origin: str
+    base_version: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One process in a generation."""
+
+    id: str
+    address: str = ""
+    rank: int = 0
+    leaving: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A job's membership and placement, compared and set as one."""
+
+    job: str
+    generation: int
+    author: str
+    spec: JobSpec
+    workers: tuple[Member, ...] = ()
+    shards: tuple[Member, ...] = ()
+    placement: tuple[int, ...] = ()
+    next_rank: int = 0
+    lineage: Lineage | None = None
+    opened: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where a slice is copied from before a generation opens."""
+
+    slice: int
+    member: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a generation begins with."""
+
+    entry: Entry
+    base: int
+    record: Record | None = None
+    sources: tuple[Source, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorInfo:
+    """An error as it travels."""
+
+    reason: str
+    message: str
+    remedy: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+# --- control stream: member to coordinator -------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerHello:
+    """A worker that wants to take part in a job."""
+
+    job: str
+    spec: JobSpec
+    on_existing: OnExisting = OnExisting.RESUME
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardHello:
+    """A shard that offers room."""
+
+    address: str
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """First message of a member: who it is, and which version it speaks."""
+
+    id: str
+    version: str
+    host: str
+    pid: int
+    token: str = ""
+    worker: WorkerHello | None = None
+    shard: ShardHello | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where a member stands in one job."""
+
+    job: str
+    generation: int
+    version: int
+    leaving: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """What a shard holds of a job, in bytes."""
+
+    job: str
+    weight_bytes: int
+    state_bytes: Mapping[str, int] = _NOTHING
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Renewal:
+    """Says that the member is alive, and where it stands."""
+
+    standings: tuple[Standing, ...] = ()
+    broken_links: tuple[str, ...] = ()
+    draining: bool = False
+    holdings: tuple[Holding, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FullSums:
+    """Sums that a shard holds complete."""
+
+    step: int
+    workers: tuple[str, ...]
+    slices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frozen:
+    """Answers `Freeze`: what the member holds; nothing older is accepted any more."""
+
+    job: str
+    generation: int
+    lineage: int = 0
+    slices: tuple[int, ...] = ()
+    versions: tuple[int, ...] = ()
+    sums: tuple[FullSums, ...] = ()
+    record: Record | None = None
+    fresh: bool = False
+    complete: bool = False
+    leaving: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """Every slice placed on this shard is at its target."""
+
+    job: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """The member has opened the generation."""
+
+    job: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stale:
+    """The member has promised a higher generation."""
+
+    job: str
+    promised: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSummary:
+    """Numbers of one step on one shard, for people."""
+
+    job: str
+    step: int
+    phase_s: Mapping[str, float] = field(default_factory=dict)
+    duration_s: float = 0.0
+    gradient_squared_sum: float = 0.0
+    update_squared_sum: float = 0.0
+    element_count: int = 0
+    clip_ratio: float = 1.0
+    lr_requested: float = 0.0
+    lr_applied: float = 0.0
+    pushed_bytes: int = 0
+    pulled_bytes: int = 0
+    skipped: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logged:
+    """What a worker's loop reports."""
+
+    job: str
+    step: int
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+# --- control stream: coordinator to member -------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome:
+    """Answers `Hello`."""
+
+    version: str
+    lease_s: float
+    renew_s: float
+    job_version: int = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Freeze:
+    """First moment of a change of generation."""
+
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """Second moment: bring the slices to where the plan says."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Open:
+    """Third moment: go on from here."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bye:
+    """The member is no longer part of the job, or never will be."""
+
+    job: str
+    generation: int
+    error: ErrorInfo | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """Something worth a line in the member's log."""
+
+    job: str
+    text: str
+
+
+FromMember = Hello | Renewal | Frozen | Planned | Opened | Stale | StepSummary | Logged
+FromCoordinator = Welcome | Freeze | PlanRequest | Open | Bye | Notice
