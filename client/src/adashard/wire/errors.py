@@ -36,19 +36,19 @@ from adashard.wire.messages import ErrorInfo
 
 
 class Code(enum.Enum):
-    """Neutral status of an error; names are those of gRPC, values those of HTTP."""
+    """Neutral status of an error; the names are those of gRPC."""
 
-    INVALID_ARGUMENT = 400
-    FAILED_PRECONDITION = 412
-    UNAUTHENTICATED = 401
-    NOT_FOUND = 404
-    ALREADY_EXISTS = 409
-    ABORTED = 410
-    RESOURCE_EXHAUSTED = 429
-    INTERNAL = 500
-    DATA_LOSS = 501
-    UNAVAILABLE = 503
-    DEADLINE_EXCEEDED = 504
+    INVALID_ARGUMENT = enum.auto()
+    FAILED_PRECONDITION = enum.auto()
+    UNAUTHENTICATED = enum.auto()
+    NOT_FOUND = enum.auto()
+    ALREADY_EXISTS = enum.auto()
+    ABORTED = enum.auto()
+    RESOURCE_EXHAUSTED = enum.auto()
+    INTERNAL = enum.auto()
+    DATA_LOSS = enum.auto()
+    UNAVAILABLE = enum.auto()
+    DEADLINE_EXCEEDED = enum.auto()
 
 
 class AdashardError(Exception):
