@@ -93,7 +93,7 @@ class InvalidRequest(AdashardError):
     default_remedy = "Correct the request; repeating it does not help."
 
 
-class InvalidSettings(InvalidRequest):
+class InvalidSettings(InvalidRequest, ValueError):
     """Settings that contradict each other, or have no meaning."""
 
     default_remedy = "Change one of the settings named."

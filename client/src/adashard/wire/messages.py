@@ -9,9 +9,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-
-_NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
 class DType(enum.IntEnum):
@@ -314,6 +311,7 @@ class WorkerHello:
     job: str
     spec: JobSpec
     on_existing: OnExisting = OnExisting.RESUME
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,7 +351,7 @@ class Holding:
 
     job: str
     weight_bytes: int
-    state_bytes: Mapping[str, int] = _NOTHING
+    state_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,9 +66,13 @@ class JobStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatistics:
-    """The cluster at a glance; `not_ready` says what readiness waits for."""
+    """The cluster at a glance; `not_ready` says what readiness waits for.
+
+    `address` is the `host:port` that workers reach the coordinator at.
+    """
 
     version: str
+    address: str
     registry: str
     uptime_s: float
     shard_count: int

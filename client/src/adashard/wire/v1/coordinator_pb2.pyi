@@ -57,10 +57,13 @@ class WorkerHello(google.protobuf.message.Message):
     JOB_FIELD_NUMBER: builtins.int
     SPEC_FIELD_NUMBER: builtins.int
     ON_EXISTING_FIELD_NUMBER: builtins.int
+    GENERATION_FIELD_NUMBER: builtins.int
     job: builtins.str
     """The job."""
     on_existing: global___OnExisting.ValueType
     """What to do when it exists."""
+    generation: builtins.int
+    """The newest generation that this session has promised; 0 for a new session."""
     @property
     def spec(self) -> adashard.wire.v1.types_pb2.JobSpec:
         """What the worker believes the job to be."""
@@ -71,9 +74,10 @@ class WorkerHello(google.protobuf.message.Message):
         job: builtins.str = ...,
         spec: adashard.wire.v1.types_pb2.JobSpec | None = ...,
         on_existing: global___OnExisting.ValueType = ...,
+        generation: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["spec", b"spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["job", b"job", "on_existing", b"on_existing", "spec", b"spec"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["generation", b"generation", "job", b"job", "on_existing", b"on_existing", "spec", b"spec"]) -> None: ...
 
 global___WorkerHello = WorkerHello
 

@@ -1,0 +1,308 @@
+"""A torch optimizer whose weights and state live on a server.
+
+To a training script it is a `torch.optim.Optimizer` like any other: groups, hooks, schedulers,
+closures. It knows no network: a `Session` takes its steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Collection, Iterable
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from adashard.session import Push, Session
+from adashard.transport.grpc import GrpcTransport
+from adashard.wire import messages
+from adashard.wire.errors import InvalidGradient, InvalidSettings, UnsupportedParameter
+from adashard.wire.messages import GroupStep, JobSpec, OnExisting, Parameter
+from adashard.wire.placement import DEFAULT_SLICE_BYTES, validate_spec
+from adashard.wire.tensors import wire_dtype
+
+log = logging.getLogger("adashard")
+
+DEFAULT_ADDRESS = "localhost:50051"
+_NAMED_MAX = 3  # tensors that an error names before it counts the rest
+
+
+class RemoteOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers that a server runs; see `Adafactor` for the arguments.
+
+    A subclass says what its groups mean: `_resolve_group`, `_layout`, `_group_step`.
+
+    It connects at the first `step()`. One thread at a time may use it.
+    """
+
+    def __init__(
+        self,
+        params: Any,  # noqa: ANN401 - torch's own: tensors, groups or named pairs
+        defaults: dict[str, Any],
+        *,
+        address: str | None,
+        job: str,
+        slice_bytes: int | None,
+        min_workers: int,
+        nonfinite: str,
+        on_existing: str,
+        token: str | None,
+    ) -> None:
+        if nonfinite not in ("reject", "skip"):
+            raise InvalidSettings(f"nonfinite={nonfinite!r}: choose 'reject' or 'skip'")
+        self._on_existing = _on_existing(on_existing)
+        self._address = _address(address)
+        self._token = token if token is not None else os.environ.get("ADASHARD_TOKEN", "")
+        self._job, self._nonfinite = job, nonfinite
+        self._slice_bytes = DEFAULT_SLICE_BYTES if slice_bytes is None else slice_bytes
+        self._min_workers = min_workers
+        self._session: Session | None = None
+        self._logged: dict[str, float] = {}
+        super().__init__(params, defaults)
+        validate_spec(self._spec())
+
+    # --- what a training loop calls -------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - as in torch
+        """Pushes the gradients, waits for the round, and writes the fresh weights in place.
+
+        A parameter whose `grad` is None takes no part; one whose gradient is zero does. The call
+        returns when all parameters hold the job's next version, or, for a worker that joins a
+        job with other weights than its own, when it has adopted them.
+
+        Args:
+            closure: evaluates the model first and returns the loss.
+
+        Returns:
+            What `closure` returned.
+
+        Raises:
+            InvalidGradient: a gradient is sparse or not finite; nothing was sent.
+            CannotReachServer: nobody answers at the address.
+            ModelMismatch: the job was registered with another model.
+            JobLost: state of the job is gone with a shard.
+            AdashardError: the other classes of the catalogue; the next call joins anew.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parameters = self._parameters()
+        gradients = self._gradients(parameters)
+        session = self._joined(parameters)
+        try:
+            if not session.step(Push(gradients=gradients, settings=self._settings)):
+                log.info(
+                    "job %r: adopted the weights of step %d; this worker's first gradient was "
+                    "computed on others and is dropped",
+                    self._job,
+                    session.version,
+                )
+        except BaseException:
+            self._session = None
+            session.abandon()
+            raise
+        self._flush_log(session)
+        return loss
+
+    @property
+    def global_step(self) -> int:
+        """Steps that the job has taken, as far as this worker holds its weights; 0 before."""
+        return max(self._session.version, 0) if self._session else 0
+
+    @property
+    def worker_rank(self) -> int | None:
+        """This worker's rank in the job; None before its first step."""
+        return self._session.rank if self._session else None
+
+    def log(self, **values: float | Tensor) -> None:
+        """Shows values such as `loss=` beside the step just taken, on the page and in REST.
+
+        Args:
+            **values: numbers or tensors of one element; detached and copied.
+        """
+        self._logged.update({name: float(value) for name, value in values.items()})
+        if self._session is not None:
+            self._flush_log(self._session)
+
+    def close(self) -> None:
+        """Leaves the job, which stays; waits at most 10 s for the others' blessing. Idempotent."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # --- what torch calls -----------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group before the first step; settings left out are the optimizer's.
+
+        Raises:
+            InvalidSettings: the job has begun, or the group's settings contradict each other.
+            UnsupportedParameter: a parameter is not floating point, or is sparse.
+        """
+        if self._session is not None:
+            raise InvalidSettings(
+                f"job {self._job!r} has begun: its parameters are fixed",
+                remedy="Give all groups to the constructor, frozen ones too: those without "
+                "gradients take no part.",
+            )
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for parameter in group["params"]:
+            _check_parameter(parameter)
+        self._resolve_group(group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the session: a copy joins by itself, under an identity of its own."""
+        return {**self.__dict__, "_session": None}
+
+    # --- what a subclass says -------------------------------------------------------------------
+
+    def _resolve_group(self, group: dict[str, Any]) -> None:
+        """Fills in and checks the settings of a group, in place."""
+        raise NotImplementedError
+
+    def _layout(self, group: dict[str, Any]) -> messages.Group:
+        """What of a group is fixed for the job's life."""
+        raise NotImplementedError
+
+    def _group_step(self, group: dict[str, Any], step_counts: Collection[int]) -> GroupStep:
+        """A group's settings for one step, with scalars for each of `step_counts`."""
+        raise NotImplementedError
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _parameters(self) -> list[tuple[str, Tensor, int]]:
+        """Name, tensor and group of every parameter, in registration order."""
+        found = []
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names")
+            for index, parameter in enumerate(group["params"]):
+                name = names[index] if names is not None else f"{number}.{index}"
+                found.append((name, parameter, number))
+        return found
+
+    def _spec(self) -> JobSpec:
+        return JobSpec(
+            parameters=tuple(
+                Parameter(name=name, shape=tuple(tensor.shape), group=group)
+                for name, tensor, group in self._parameters()
+            ),
+            groups=tuple(self._layout(group) for group in self.param_groups),
+            slice_bytes=self._slice_bytes,
+            min_workers=self._min_workers,
+        )
+
+    def _gradients(self, parameters: Iterable[tuple[str, Tensor, int]]) -> dict[int, Tensor]:
+        """The gradients there are, by parameter.
+
+        Raises:
+            InvalidGradient: one is sparse, or not finite under `nonfinite="reject"`.
+        """
+        found: dict[int, Tensor] = {}
+        broken: list[str] = []
+        for index, (name, parameter, _) in enumerate(parameters):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.layout is not torch.strided:
+                raise InvalidGradient(
+                    f"Adashard does not support sparse gradients: {name!r} has one",
+                    remedy="Build the layer with sparse=False.",
+                    tensor=name,
+                )
+            if self._nonfinite == "reject" and not bool(torch.isfinite(gradient).all()):
+                broken.append(name)
+            found[index] = gradient
+        if broken:
+            raise self._not_finite(broken)
+        return found
+
+    def _not_finite(self, names: list[str]) -> InvalidGradient:
+        listed = ", ".join(repr(name) for name in names[:_NAMED_MAX])
+        more = f" and {len(names) - _NAMED_MAX} more" if len(names) > _NAMED_MAX else ""
+        worker = self._session.id if self._session else "not yet joined"
+        return InvalidGradient(
+            f"NaN or Inf in the gradient of {listed}{more} (worker {worker}, step "
+            f"{self.global_step + 1} of job {self._job!r}); nothing was sent, weights are untouched",
+            tensors=listed,
+            worker=worker,
+            step=self.global_step + 1,
+        )
+
+    def _joined(self, parameters: list[tuple[str, Tensor, int]]) -> Session:
+        if self._session is None:
+            spec = self._spec()
+            validate_spec(spec)
+            self._session = Session(
+                GrpcTransport(),
+                self._address,
+                self._job,
+                spec,
+                [tensor for _, tensor, _ in parameters],
+                on_existing=self._on_existing,
+                token=self._token,
+            )
+        return self._session
+
+    def _settings(self, step_counts: tuple[int, ...]) -> tuple[GroupStep, ...]:
+        """The settings of every group for a step after which counts may have grown by one."""
+        counts: list[set[int]] = [set() for _ in self.param_groups]
+        for (_, _, group), count in zip(self._parameters(), step_counts, strict=True):
+            counts[group].add(count + 1)
+        return tuple(
+            self._group_step(group, sorted(counts[number]))
+            for number, group in enumerate(self.param_groups)
+        )
+
+    def _flush_log(self, session: Session) -> None:
+        if self._logged:
+            values, self._logged = self._logged, {}
+            session.log(values)
+
+
+def _check_parameter(parameter: Tensor) -> None:
+    if parameter.layout is not torch.strided:
+        raise UnsupportedParameter(f"a {parameter.layout} parameter cannot be trained")
+    wire_dtype(parameter.dtype)
+
+
+def _on_existing(choice: str) -> OnExisting:
+    try:
+        return {
+            "resume": OnExisting.RESUME,
+            "replace": OnExisting.REPLACE,
+            "error": OnExisting.ERROR,
+        }[choice]
+    except KeyError:
+        raise InvalidSettings(
+            f"on_existing={choice!r}: choose 'resume', 'replace' or 'error'"
+        ) from None
+
+
+def _address(address: str | None) -> str:
+    """host:port to connect to: the argument, else ADASHARD_ADDRESS, else this machine."""
+    found = address or os.environ.get("ADASHARD_ADDRESS") or DEFAULT_ADDRESS
+    host, _, port = found.rpartition(":")
+    if not host or not port.isdigit():
+        raise InvalidSettings(f"address={found!r} is not host:port, e.g. {DEFAULT_ADDRESS}")
+    if host in ("0.0.0.0", "[::]"):
+        raise InvalidSettings(
+            f"address={found!r}: {host} is where a server listens, not where it is reached",
+            remedy="Use the server's host name, or localhost on the same machine.",
+        )
+    return found

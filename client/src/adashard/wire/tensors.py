@@ -1,0 +1,69 @@
+"""Tensors as bytes: element formats, and views without copies in both directions."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adashard.wire.errors import InvalidFrame, UnsupportedParameter
+from adashard.wire.messages import DType
+
+_TORCH_DTYPES = {
+    DType.FLOAT32: torch.float32,
+    DType.BFLOAT16: torch.bfloat16,
+    DType.FLOAT16: torch.float16,
+    DType.FLOAT64: torch.float64,
+}
+_WIRE_DTYPES = {dtype: wire for wire, dtype in _TORCH_DTYPES.items()}
+ITEM_BYTES = {wire: dtype.itemsize for wire, dtype in _TORCH_DTYPES.items()}
+
+
+def wire_dtype(dtype: torch.dtype) -> DType:
+    """Format of `dtype` on the wire.
+
+    Raises:
+        UnsupportedParameter: it is not a floating point format that travels.
+    """
+    try:
+        return _WIRE_DTYPES[dtype]
+    except KeyError:
+        raise UnsupportedParameter(
+            f"{dtype} cannot be trained: only {', '.join(map(str, _WIRE_DTYPES))} can",
+            dtype=dtype,
+        ) from None
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """The torch format of elements on the wire.
+
+    Raises:
+        InvalidFrame: the format is not stated.
+    """
+    try:
+        return _TORCH_DTYPES[dtype]
+    except KeyError:
+        raise InvalidFrame(f"element format {dtype!r} cannot be read", dtype=dtype) from None
+
+
+def as_buffer(flat: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied; valid as long as the tensor is."""
+    return memoryview(flat.detach().view(torch.uint8).numpy()).cast("B")
+
+
+def from_buffer(buffer: memoryview, dtype: DType) -> Tensor:
+    """A flat tensor over `buffer`, not copied; it must not be written to."""
+    return torch.frombuffer(buffer, dtype=torch_dtype(dtype))
+
+
+def flat_on_cpu(tensor: Tensor) -> Tensor:
+    """`tensor` in row-major order on the CPU, flat; a view where that is possible."""
+    return tensor.detach().reshape(-1).cpu()
+
+
+# torch warns once a process about tensors over read-only memory; ours are never written to.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(np.zeros(1, np.float32).tobytes(), dtype=torch.float32)

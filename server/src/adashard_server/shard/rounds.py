@@ -1,0 +1,506 @@
+"""One job's steps on one shard, decided: events in, instructions out.
+
+This is the shard's half of the protocol (docs/protocol.md, rules S1 to S8) and nothing else: it
+holds no tensor, no lock and no clock. `engine.py` feeds it and carries out what it says.
+
+    collecting t ──all sums full──▶ reported t ──all reports here──▶ committed t = collecting t+1
+
+A committed step is *owed* by every slice until it is applied; whoever needs the slice first pays
+(a reply, the next gradient, a change of generation). The sums of an owed slice are full and kept,
+so a shard that is frozen half way through a commit has lost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+
+from adashard.wire.errors import InvalidFrame, InvalidRequest, StaleGeneration
+from adashard.wire.messages import (
+    Acknowledge,
+    Begin,
+    Entry,
+    Frozen,
+    FullSums,
+    GroupStep,
+    Outcome,
+    Plan,
+    Record,
+    Report,
+    Stale,
+    WeightDecayMode,
+)
+from adashard.wire.placement import Slice, cut
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """Add elements `start` to `stop` of a slice; `first` overwrites what the sum holds."""
+
+    start: int
+    stop: int
+    first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A worker of lower rank has not come this far in the slice: the order of a sum is fixed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """The sums of these slices are full: take their squared sums."""
+
+    slices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Hand `report` to `peers`; `wanted` are those whose own report is missing here."""
+
+    report: Report
+    peers: tuple[str, ...]
+    wanted: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The step is decided: its record is kept, and its slices owe it."""
+
+    record: Record
+
+
+Admission = Add | Wait | None
+Instruction = Measure | Send | Committed
+
+
+@dataclass(slots=True)
+class _Sum:
+    """How far each worker's gradient is in the sum of one slice, and its square once full."""
+
+    added: dict[str, int] = field(default_factory=dict)
+    squared: float = 0.0
+
+
+class Rounds:
+    """The rounds of one job on one shard. Not thread-safe: its engine's lock covers every call."""
+
+    def __init__(self, shard: str) -> None:
+        self.shard = shard
+        self.entry: Entry | None = None
+        self.promised = 0
+        self.opened = False
+        self.lineage = 0
+        self.slices: tuple[Slice, ...] = ()
+        self.versions: dict[int, int] = {}
+        self.record: Record | None = None
+        self.order: tuple[str, ...] = ()
+        self.begins: dict[str, Begin] = {}
+        self._plan: Plan | None = None
+        self._placed: dict[str, tuple[int, ...]] = {}
+        self._step = 0  # the step that is collected, or owed
+        self._owed: set[int] = set()
+        self._sums: dict[int, _Sum] = {}
+        self._unready: set[int] = set()  # slices whose sums are not full and measured
+        self._reports: dict[str, Report] = {}
+        self._own: Report | None = None
+
+    @property
+    def version(self) -> int:
+        """The newest step that is decided here, applied or owed; -1 before any weights."""
+        return self._step if self._owed else self._step - 1
+
+    @property
+    def mine(self) -> tuple[int, ...]:
+        """Slices placed on this shard in the newest generation, ascending."""
+        return self._placed.get(self.shard, ())
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """All shards that hold a slice in the newest generation, this one included."""
+        return tuple(self._placed)
+
+    # --- a change of generation -----------------------------------------------------------------
+
+    def freeze(self, entry: Entry) -> Frozen | Stale:
+        """Promises the generation of `entry` (S1). Repeated: the same answer."""
+        if entry.generation < self.promised:
+            return Stale(job=entry.job, promised=self.promised)
+        if entry.generation > self.promised:
+            if self.entry is None or self.entry.spec != entry.spec:
+                self.slices = cut(entry.spec)
+            self.entry, self.promised, self.opened = entry, entry.generation, False
+            self._plan, self._placed = None, _slices_by_shard(entry)
+        held = tuple(sorted(self.versions))
+        full = tuple(index for index in held if self._full(index))
+        sums = FullSums(step=self._step, workers=self.order, slices=full)
+        return Frozen(
+            job=entry.job,
+            generation=self.promised,
+            lineage=self.lineage,
+            slices=held,
+            versions=tuple(self.versions[index] for index in held),
+            sums=(sums,) if full else (),
+            record=self.record,
+        )
+
+    def plan(self, plan: Plan) -> None:
+        """Takes what the generation begins with (S2); what is owed then is to be applied at once.
+
+        Raises:
+            StaleGeneration: another generation is promised.
+        """
+        self._check_promised(plan.entry.generation)
+        if self.opened:
+            return
+        self._plan = plan
+        lineage = plan.entry.lineage.number if plan.entry.lineage else 0
+        if lineage != self.lineage:
+            self.lineage, self.record = lineage, None
+            self.versions.clear()
+            self._collect(plan.base + 1)
+        elif plan.record is not None and plan.record.step == self._step and not self._owed:
+            self._decide(plan.record)
+
+    def uploaded(self, index: int, version: int) -> None:
+        """A whole slice has come from the source that the plan names."""
+        self.versions[index] = version
+
+    @property
+    def planned(self) -> bool:
+        """Whether every slice placed here is at the version that the plan begins with."""
+        plan = self._plan
+        return plan is not None and all(
+            self.versions.get(index, -1) >= plan.base for index in self.mine
+        )
+
+    def open(self, plan: Plan) -> list[Instruction]:
+        """Goes on from `plan` (S3): old reports are void, sums that still hold are kept (S4)."""
+        self._check_promised(plan.entry.generation)
+        if self.opened:
+            return []
+        self._plan, self.opened = plan, True
+        for index in set(self.versions) - set(self.mine):
+            del self.versions[index]
+        if self._step != plan.base + 1:
+            self._collect(plan.base + 1)
+        workers = sorted(plan.entry.workers, key=lambda worker: worker.rank)
+        self._reorder(tuple(worker.id for worker in workers if not worker.leaving))
+        self._reports.clear()
+        return self._measure(self.mine)
+
+    def _reorder(self, order: tuple[str, ...]) -> None:
+        """Keeps the sums whose addends are a prefix, in rank order, of the new list (S4)."""
+        for index, total in list(self._sums.items()):
+            summed = [worker for worker in self.order if total.added.get(worker)]
+            expected = [worker for worker in order if not self._absent(worker, index)]
+            if summed != expected[: len(summed)]:
+                del self._sums[index]
+        self.begins = {name: begin for name, begin in self.begins.items() if name in order}
+        self.order = order
+        self._unready = set(self.mine)
+
+    # --- pushes ---------------------------------------------------------------------------------
+
+    def check(self, generation: int, sender: str) -> None:
+        """Refuses what another generation, or nobody of this one, sends (G1).
+
+        Raises:
+            StaleGeneration: the sender waits for the next generation, or joins again.
+        """
+        if generation != self.promised or not self.opened or sender not in self.order:
+            raise StaleGeneration(
+                f"generation {generation} of {sender} is not the open one of shard {self.shard} "
+                f"({self.promised}{'' if self.opened else ', frozen'})",
+                generation=generation,
+                promised=self.promised,
+            )
+
+    def begin(self, begin: Begin) -> tuple[Acknowledge, list[Instruction]]:
+        """A worker wants `begin.step`, with or without a push for it (S5, S8).
+
+        Nothing may be owed when it pushes for the step after: a worker that has all of a version
+        has it from here, so the engine settles first and no honest worker waits for it.
+
+        Raises:
+            StaleGeneration: of another generation, or frozen.
+            InvalidRequest: the step is not one that this worker can be at, or the push does not
+                fit the job.
+        """
+        self.check(begin.generation, begin.sender)
+        if begin.step == self.version:
+            return Acknowledge(version=self.version, complete=True), []
+        if begin.step != self._step:
+            raise InvalidRequest(
+                f"worker {begin.sender} asks shard {self.shard} for step {begin.step} of job "
+                f"{begin.job!r}, which stands at {self.version}"
+            )
+        if not begin.push:
+            return Acknowledge(version=self.version), []
+        self._check_push(begin)
+        self.begins[begin.sender] = begin
+        instructions = self._measure(self.mine)
+        complete = all(self._done(begin.sender, index) for index in self.mine)
+        return Acknowledge(version=self.version, complete=complete), instructions
+
+    def admit(self, begin: Begin, index: int, start: int, count: int) -> Admission:
+        """What to do with `count` elements of a pushed slice from element `start`.
+
+        Returns:
+            None where they are in the sum already.
+
+        Raises:
+            StaleGeneration: the generation has ended meanwhile.
+            InvalidFrame: the slice or the range is not one that may come now.
+        """
+        self.check(begin.generation, begin.sender)
+        if begin.step <= self.version:
+            return None  # decided, with this push in it
+        stop = start + count
+        if index not in self.versions or count < 1 or stop > self._count(index):
+            raise InvalidFrame(
+                f"elements {start} to {stop} of slice {index} are not held by shard {self.shard}"
+            )
+        done = self._progress(begin.sender, index)
+        if stop <= done:
+            return None
+        if start > done:
+            raise InvalidFrame(
+                f"slice {index} of worker {begin.sender} goes on at element {start}, not {done}"
+            )
+        before = self.order[: self.order.index(begin.sender)]
+        if any(self._progress(worker, index) < stop for worker in before):
+            return Wait()
+        return Add(done, stop, first=all(self._absent(worker, index) for worker in before))
+
+    def added(self, begin: Begin, index: int, stop: int) -> list[Instruction]:
+        """Elements up to `stop` of the worker's gradient are in the sum."""
+        self._sums.setdefault(index, _Sum()).added[begin.sender] = stop
+        return self._measure((index,))
+
+    def measured(self, squares: Mapping[int, float]) -> list[Instruction]:
+        """Sums of squares, in float64, of sums that were full; ignored where they no longer are."""
+        for index, squared in squares.items():
+            if index in self._unready and index in self._sums and self._full(index):
+                self._sums[index].squared = squared
+                self._unready.discard(index)
+        return self._advance()
+
+    # --- the round ------------------------------------------------------------------------------
+
+    def exchange(self, report: Report) -> list[Instruction]:
+        """Another shard's round is full (S6).
+
+        Raises:
+            StaleGeneration: the report is of another generation.
+        """
+        if report.generation != self.promised or not self.opened:
+            raise StaleGeneration(
+                f"a report of generation {report.generation} came to shard {self.shard}, "
+                f"which is at {self.promised}{'' if self.opened else ', frozen'}"
+            )
+        if report.step != self._step or self._owed:
+            return []
+        self._reports[report.sender] = report
+        return self._advance()
+
+    def own_report(self, step: int) -> Report | None:
+        """This shard's report of `step`, kept until its next, also after the commit (S6)."""
+        own = self._own
+        return own if own and (own.step, own.generation) == (step, self.promised) else None
+
+    def repeat(self) -> list[Instruction]:
+        """What to send again while the own report has not led to a commit."""
+        return self._send() if self.opened and self.shard in self._reports else []
+
+    def applied(self, index: int) -> None:
+        """The slice has taken the step it owed; after the last one the next is collected."""
+        self.versions[index] = self._step
+        self._owed.discard(index)
+        if not self._owed:
+            self._collect(self._step + 1)
+
+    @property
+    def owed(self) -> frozenset[int]:
+        """Slices that have not yet taken the newest decided step."""
+        return frozenset(self._owed)
+
+    def owes(self, index: int) -> bool:
+        """Whether the slice has not yet taken the newest decided step."""
+        return index in self._owed
+
+    def updates(self, index: int) -> bool:
+        """Whether the newest record changes the slice's weights, or only its version."""
+        record = self.record
+        return (
+            record is not None
+            and record.outcome is Outcome.APPLY
+            and bit(record.present, self.slices[index].parameter)
+        )
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _collect(self, step: int) -> None:
+        """Begins to collect `step` with nothing in the sums."""
+        self._step = step
+        self._owed.clear()
+        self._sums.clear()
+        self.begins = {}
+        self._reports.clear()
+        self._unready = set(self.mine)
+
+    def _measure(self, candidates: Iterable[int]) -> list[Instruction]:
+        """Has newly full sums measured, and goes on with what needs no measuring."""
+        if not self.opened or self._owed:
+            return []
+        full = [index for index in candidates if index in self._unready and self._full(index)]
+        present = tuple(index for index in full if index in self._sums)
+        self._unready -= set(full) - set(present)
+        return [Measure(present)] if present else self._advance()
+
+    def _advance(self) -> list[Instruction]:
+        """Reports when all sums are measured, commits when all have reported."""
+        if not self.opened or self._owed or self._unready or not self._complete():
+            return []
+        instructions: list[Instruction] = []
+        if self.shard not in self._reports:
+            self._reports[self.shard] = self._own = self._report()
+            instructions += self._send()
+        if set(self._reports) >= set(self.peers):
+            record = self._record()
+            self._decide(record)
+            instructions.append(Committed(record))
+        return instructions
+
+    def _complete(self) -> bool:
+        """Whether every worker of the round has begun its push."""
+        return bool(self.order) and bool(self.mine) and set(self.begins) >= set(self.order)
+
+    def _decide(self, record: Record) -> None:
+        self.record = record
+        self._owed = set(self.versions)
+
+    def _send(self) -> list[Instruction]:
+        peers = tuple(peer for peer in self.peers if peer != self.shard)
+        wanted = frozenset(peer for peer in peers if peer not in self._reports)
+        return [Send(self._reports[self.shard], peers, wanted)] if peers else []
+
+    def _report(self) -> Report:
+        assert self.entry is not None
+        total = sum(self.begins[worker].share for worker in self.order)
+        squares = [
+            self._sums[index].squared / total**2 if index in self._sums else 0.0
+            for index in self.mine
+        ]
+        return Report(
+            job=self.entry.job,
+            generation=self.promised,
+            sender=self.shard,
+            step=self._step,
+            workers=self.order,
+            finite=all(isfinite(square) for square in squares),
+            slices=self.mine,
+            squared_sums=tuple(squares),
+        )
+
+    def _record(self) -> Record:
+        """The record of the step, the same whichever shard forms it (S7)."""
+        reports = list(self._reports.values())
+        finite = all(report.finite for report in reports)
+        begins = [self.begins[worker] for worker in self.order]
+        bits = [int.from_bytes(begin.present, "little") for begin in begins]
+        present = 0
+        for one in bits:
+            present |= one
+        count = len(self.entry.spec.parameters) if self.entry else 0
+        before = self.record.step_counts if self.record else (0,) * count
+        squares = {
+            index: square
+            for report in reports
+            for index, square in zip(report.slices, report.squared_sums, strict=True)
+        }
+        return Record(
+            step=self._step,
+            workers=self.order,
+            shares=tuple(begin.share for begin in begins),
+            outcome=Outcome.APPLY if finite else Outcome.SKIP,
+            present=present.to_bytes((count + 7) // 8, "little"),
+            step_counts=tuple(
+                steps + (finite and present >> index & 1) for index, steps in enumerate(before)
+            ),
+            groups=begins[0].groups,
+            squared_norm=sum(squares[index] for index in sorted(squares)),
+        )
+
+    def _full(self, index: int) -> bool:
+        return bool(self.order) and all(self._done(worker, index) for worker in self.order)
+
+    def _done(self, worker: str, index: int) -> bool:
+        return self._progress(worker, index) == self._count(index)
+
+    def _progress(self, worker: str, index: int) -> int:
+        """How many elements of the worker's gradient are in; an absent one is in at once."""
+        if worker not in self.begins:
+            return 0
+        if self._absent(worker, index):
+            return self._count(index)
+        total = self._sums.get(index)
+        return total.added.get(worker, 0) if total else 0
+
+    def _absent(self, worker: str, index: int) -> bool:
+        begin = self.begins.get(worker)
+        return begin is not None and not bit(begin.present, self.slices[index].parameter)
+
+    def _count(self, index: int) -> int:
+        return self.slices[index].element_count
+
+    def _check_promised(self, generation: int) -> None:
+        if generation != self.promised:
+            raise StaleGeneration(
+                f"shard {self.shard} has promised generation {self.promised}, not {generation}"
+            )
+
+    def _check_push(self, begin: Begin) -> None:
+        """Refuses a push whose record could not be applied by every shard."""
+        assert self.entry is not None
+        spec = self.entry.spec
+        if len(begin.present) != (len(spec.parameters) + 7) // 8:
+            raise InvalidRequest(f"a push has a presence bit for each of {len(spec.parameters)}")
+        if not (isfinite(begin.share) and begin.share > 0):
+            raise InvalidRequest(f"a share is positive and finite, not {begin.share}")
+        if len(begin.groups) != len(spec.groups):
+            raise InvalidRequest(f"a push has settings for each of {len(spec.groups)} groups")
+        before = self.record.step_counts if self.record else (0,) * len(spec.parameters)
+        needed: dict[int, set[int]] = {}
+        for parameter, steps in zip(spec.parameters, before, strict=True):
+            needed.setdefault(parameter.group, set()).add(steps + 1)
+        for group, counts in needed.items():
+            _check_group(begin.groups[group], counts)
+
+
+def _check_group(step: GroupStep, counts: set[int]) -> None:
+    if step.adafactor is None:
+        raise InvalidRequest("a push has settings of the job's optimizer for each group")
+    if step.adafactor.weight_decay_mode is WeightDecayMode.UNSPECIFIED:
+        raise InvalidRequest("a push says what weight decay is multiplied with")
+    if missing := counts - {schedule.step_count for schedule in step.schedules}:
+        raise InvalidRequest(f"a push lacks beta2 and rho for step counts {sorted(missing)[:3]}")
+    numbers = [number for one in step.schedules for number in (one.beta2, one.rho)]
+    settings = step.adafactor
+    numbers += [settings.eps1, settings.eps2, settings.beta1, settings.weight_decay, settings.lr]
+    if not all(isfinite(number) for number in numbers) or not settings.clip_threshold > 0:
+        raise InvalidRequest(f"hyper-parameters must be finite numbers: {settings}")
+
+
+def _slices_by_shard(entry: Entry) -> dict[str, tuple[int, ...]]:
+    """Slices by shard, ascending, of the shards that have any."""
+    placed: dict[str, list[int]] = {}
+    for index, owner in enumerate(entry.placement):
+        placed.setdefault(entry.shards[owner].id, []).append(index)
+    return {shard: tuple(indices) for shard, indices in placed.items()}
+
+
+def bit(bits: bytes, index: int) -> bool:
+    """Whether bit `index`, least significant first, is set."""
+    return bool(bits[index >> 3] >> (index & 7) & 1)

@@ -1,0 +1,178 @@
+"""A shard: its jobs, and what the edges talk to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+
+from adashard.wire.errors import Draining, StaleGeneration
+from adashard.wire.messages import (
+    Begin,
+    Bye,
+    Entry,
+    ExchangeRequest,
+    ExchangeResponse,
+    Freeze,
+    Frozen,
+    Open,
+    Opened,
+    Plan,
+    Planned,
+    PlanRequest,
+    Renewal,
+    Stale,
+    Standing,
+    StepSummary,
+    UploadBegin,
+)
+from adashard_server.shard.engine import Engine
+from adashard_server.shard.exchange import PeerExchange
+
+Answer = Frozen | Planned | Opened | Stale
+
+
+class Shard:
+    """The jobs of one shard process. Thread-safe.
+
+    Args:
+        shard_id: new at every start.
+        device: where weights and state live.
+        exchange: how reports reach the other shards.
+        clock: seconds, monotonic.
+        tell: takes what the coordinator should hear without having asked: `Planned` after an
+            upload, and step summaries. Never blocks.
+    """
+
+    def __init__(
+        self,
+        shard_id: str,
+        device: torch.device,
+        exchange: PeerExchange,
+        clock: Callable[[], float],
+        tell: Callable[[Planned | StepSummary], None],
+    ) -> None:
+        self.id = shard_id
+        self._device = device
+        self._exchange = exchange
+        self._clock = clock
+        self._tell = tell
+        self._engines: dict[str, Engine] = {}
+        self._lock = threading.Lock()
+        self._draining = False
+
+    # --- the coordinator's calls ----------------------------------------------------------------
+
+    def handle(self, message: Freeze | PlanRequest | Open | Bye) -> Answer | None:
+        """What the coordinator asks of this shard, and the answer to it, if any."""
+        try:
+            match message:
+                case Freeze(entry=entry):
+                    return self._made(entry).freeze(entry)
+                case PlanRequest(plan=plan):
+                    return self._planned(plan)
+                case Open(plan=plan):
+                    self._made(plan.entry).open(plan)
+                    return Opened(job=plan.entry.job, generation=plan.entry.generation)
+                case Bye(job=job):
+                    self._forget(job)
+                    return None
+        except StaleGeneration:
+            return None  # it asks again, or has been replaced
+
+    def _planned(self, plan: Plan) -> Planned | None:
+        done = self._made(plan.entry).plan(plan)
+        return Planned(job=plan.entry.job, generation=plan.entry.generation) if done else None
+
+    def renewal(self) -> Renewal:
+        """That this shard is alive, and where it stands in each job."""
+        engines = self._all()
+        return Renewal(
+            standings=tuple(
+                Standing(job=one.job, generation=one.generation, version=one.version)
+                for one in engines
+            ),
+            draining=self._draining,
+            holdings=tuple(one.holding() for one in engines),
+        )
+
+    # --- the data plane -------------------------------------------------------------------------
+
+    def begin(self, begin: Begin) -> Engine:
+        """The engine that serves a stream which begins so, after its own checks.
+
+        Raises:
+            StaleGeneration: the job is not here, or the stream is meant for another process.
+            Draining: this shard takes no new round.
+        """
+        engine = self._engine(begin.job, begin.receiver)
+        if self._draining and begin.push and not engine.collecting:
+            raise Draining(f"shard {self.id} is draining and begins no new round")
+        return engine
+
+    def upload(self, begin: UploadBegin) -> Engine:
+        """The engine that takes an upload.
+
+        Raises:
+            StaleGeneration: the job is not here, or the upload is meant for another process.
+        """
+        return self._engine(begin.job, begin.receiver)
+
+    def uploaded(self, begin: UploadBegin, done: bool) -> None:
+        """Tells the coordinator when an upload has brought the last slice."""
+        if done:
+            self._tell(Planned(job=begin.job, generation=begin.generation))
+
+    def exchange(self, request: ExchangeRequest) -> ExchangeResponse:
+        """Another shard's report.
+
+        Raises:
+            StaleGeneration: of another generation, or for another process.
+        """
+        return self._engine(request.report.job, request.receiver).exchange(request)
+
+    # --- the process's calls --------------------------------------------------------------------
+
+    def repeat(self) -> None:
+        """Sends again what has not been answered; to be called about once a second."""
+        for engine in self._all():
+            engine.repeat()
+
+    def drain(self) -> None:
+        """Begins no new round; `busy` tells when those under way have ended. Idempotent."""
+        self._draining = True
+
+    @property
+    def busy(self) -> bool:
+        """Whether a round is under way in any job."""
+        return any(engine.collecting for engine in self._all())
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _all(self) -> list[Engine]:
+        with self._lock:
+            return list(self._engines.values())
+
+    def _made(self, entry: Entry) -> Engine:
+        with self._lock:
+            engine = self._engines.get(entry.job)
+            if engine is None:
+                engine = self._engines[entry.job] = Engine(
+                    entry.job, self.id, self._device, self._exchange, self._clock, self._tell
+                )
+            return engine
+
+    def _engine(self, job: str, receiver: str) -> Engine:
+        with self._lock:
+            engine = self._engines.get(job)
+        if engine is None or receiver != self.id:
+            raise StaleGeneration(f"shard {self.id} does not hold job {job!r} for {receiver}")
+        return engine
+
+    def _forget(self, job: str) -> None:
+        with self._lock:
+            if job:
+                self._engines.pop(job, None)
+            else:
+                self._engines.clear()
