@@ -2,56 +2,69 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# The release that everything is tested with; a line of options for pip may follow it.
 TORCH ?= torch==2.13.0
 
+# Demo and tests run several processes of torch on one machine; a thread per core in each is too many.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-all test-compose check format protos protos-check clean
+.PHONY: help setup demo test test-all test-compose check format protos protos-check pages constraints clean
 
-setup: $(VENV)/.ready
+help: ## What can be made.
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: $(VENV)/.ready ## The virtual environment .venv: both distributions, editable, pinned.
 
 $(VENV)/.ready: constraints.txt requirements-dev.txt client/pyproject.toml server/pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "adashard needs Python 3.11 or newer; set PYTHON=")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e client -e server -r requirements-dev.txt
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "adashard needs Python 3.11 or newer: make PYTHON=python3.12, say")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (PyTorch is large; this happens once) ..."
+	@$(PIP) $(TORCH)
+	@$(PIP) -c constraints.txt -e client -e server -r requirements-dev.txt
+	@touch $@
 
-demo: setup
+demo: setup ## Train a small language model through a cluster of this machine. DEMO_ARGS='--steps 50'
 	$(BIN)/adashard demo $(DEMO_ARGS)
 
-test: setup
+test: setup ## The tests, without the slow ones. TEST_ARGS='tests/shard -x'
 	$(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
 
-test-all: setup
+test-all: setup ## All tests, also those that take minutes or gigabytes.
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
-test-compose:
+test-compose: ## Builds the images and trains through the stack of docker-compose.yml.
 	docker/test-compose.sh
 
-check: setup protos-check
+check: setup protos-check ## Format, lint, types, import arrows, stubs, house rules.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest tests/house
 
-format: setup
+format: setup ## Formats the code, and repairs what the linter can.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-protos: .venv-protoc/.ready
+protos: .venv-protoc/.ready ## Writes the stubs anew, after a change below protos/.
 	protos/generate.sh client/src
 
-protos-check: .venv-protoc/.ready
+protos-check: .venv-protoc/.ready ## Stubs are those of the protos; buf finds nothing wrong with them.
 	protos/check.sh
 
 .venv-protoc/.ready: protos/requirements.txt
-	test -x .venv-protoc/bin/python || $(PYTHON) -m venv .venv-protoc
-	.venv-protoc/bin/python -m pip install --quiet --disable-pip-version-check -r protos/requirements.txt
-	touch $@
+	@test -x .venv-protoc/bin/python || $(PYTHON) -m venv .venv-protoc
+	@.venv-protoc/bin/python -m pip install --quiet --disable-pip-version-check -r protos/requirements.txt
+	@touch $@
 
-clean:
-	rm -rf $(VENV) .venv-protoc
+pages: setup ## Writes the pages of docs/ that are made from code.
+	$(BIN)/python tools/errors_page.py
+
+constraints: ## Writes constraints.txt anew, with today's versions.
+	PYTHON=$(PYTHON) TORCH="$(TORCH)" tools/freeze.sh
+
+clean: ## Removes what the targets above have made.
+	rm -rf $(VENV) .venv-protoc .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache protos/node_modules

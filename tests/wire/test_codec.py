@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adashard.wire import codec, messages
@@ -23,11 +23,13 @@ from adashard.wire.messages import (
     Group,
     GroupStep,
     Hello,
+    JobSpec,
     Outcome,
     Record,
     Schedule,
     ShardHello,
     Standing,
+    WorkerHello,
 )
 from adashard.wire.v1 import coordinator_pb2, peer_pb2, shard_pb2, types_pb2
 
@@ -58,11 +60,24 @@ _SCALARS = {
 def instances(descriptor: Descriptor) -> st.SearchStrategy[Any]:
     """Dataclasses whose fields hold anything that the protobuf message can hold."""
     kind = KINDS[descriptor.name]
-    contents = {field.name: _contents(field) for field in descriptor.fields}
-    for declared in dataclasses.fields(kind):
-        if declared.default is None:
-            contents[declared.name] |= st.none()
-    return st.builds(kind, **contents)
+    optional = {field.name for field in dataclasses.fields(kind) if field.default is None}
+    alone = {field.name for group in descriptor.oneofs for field in group.fields}
+    contents = {
+        field.name: _contents(field) | (st.none() if field.name in optional else st.nothing())
+        for field in descriptor.fields
+        if field.name not in alone
+    }
+    choices = [
+        st.one_of(st.fixed_dictionaries({field.name: _items(field)}) for field in group.fields)
+        for group in descriptor.oneofs
+    ]
+    return st.builds(
+        lambda given, *chosen: kind(
+            **given, **dict(item for one in chosen for item in one.items())
+        ),
+        st.fixed_dictionaries(contents),
+        *(st.just({}) | choice for choice in choices),
+    )
 
 
 def _contents(field: FieldDescriptor) -> st.SearchStrategy[Any]:
@@ -117,6 +132,7 @@ def test_a_value_comes_back_from_its_bytes_as_it_was(name: str, data: st.DataObj
 
 
 @pytest.mark.parametrize("kind", get_args(FromMember) + get_args(FromCoordinator))
+@settings(max_examples=5)
 @given(data=st.data())
 def test_a_control_message_comes_back_from_its_envelope(kind: type, data: st.DataObject):
     value = data.draw(instances(DESCRIPTORS[kind.__name__]))
@@ -145,6 +161,15 @@ def test_a_message_without_content_is_told_from_none():
 def test_of_a_oneof_the_member_that_was_set_comes_back():
     assert codec.to_proto(Group(adafactor=AdafactorLayout())).WhichOneof("algorithm") == "adafactor"
     assert codec.to_proto(Group()).WhichOneof("algorithm") is None
+
+
+def test_two_members_of_a_oneof_are_a_mistake_and_not_silently_one():
+    shard = ShardHello(address="a:1")
+    worker = WorkerHello(
+        job="j", spec=JobSpec(parameters=(), groups=(), slice_bytes=1, min_workers=1)
+    )
+    with pytest.raises(ValueError, match="'worker' or 'shard', and not both"):
+        codec.to_proto(Hello(id="s", version="1", host="h", pid=1, shard=shard, worker=worker))
 
 
 def test_not_a_number_travels():

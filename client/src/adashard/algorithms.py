@@ -31,9 +31,6 @@ from adashard.wire.messages import (
     WeightDecayMode,
 )
 
-NONFINITE = ("reject", "skip")
-ON_EXISTING = ("resume", "replace", "error")
-
 FACTORED_AXES = {"last_two": FactoredAxes.LAST_TWO, "largest_two": FactoredAxes.LARGEST_TWO}
 WEIGHT_DECAY_MODES = {
     "alpha": WeightDecayMode.ALPHA,
@@ -142,8 +139,6 @@ class Adafactor(RemoteOptimizer):
         on_existing: str = "resume",
         token: str | None = None,
     ) -> None:
-        check_choice("nonfinite", nonfinite, NONFINITE)
-        check_choice("on_existing", on_existing, ON_EXISTING)
         knobs = {
             "lr": lr,
             "eps": eps,
@@ -265,7 +260,7 @@ def resolve(knobs: Mapping[str, Any], semantics: str) -> dict[str, Any]:
     Raises:
         InvalidSettings: a value has no meaning, or two contradict each other.
     """
-    check_choice("semantics", semantics, SEMANTICS)
+    _choice("semantics", semantics, SEMANTICS)
     settings = {
         name: default if knobs.get(name) is None else _CHECKS[name](name, knobs[name])
         for name, default in SEMANTICS[semantics].items()
@@ -276,18 +271,6 @@ def resolve(knobs: Mapping[str, Any], semantics: str) -> dict[str, Any]:
     )
     _refuse_contradictions(settings, semantics)
     return settings
-
-
-def check_choice(name: str, value: object, choices: Collection[str]) -> Any:
-    """Returns the value if it is one of the choices.
-
-    Raises:
-        InvalidSettings: it is not; the message shows it and them.
-    """
-    if not isinstance(value, str) or value not in choices:
-        allowed = " or ".join(map(repr, choices))
-        raise _meaningless(name, value, allowed)
-    return value
 
 
 def _refuse_contradictions(settings: Mapping[str, Any], semantics: str) -> None:
@@ -354,7 +337,7 @@ _RANGES = {
 
 def _number(name: str, value: object) -> float:
     allowed = _RANGES[name]
-    if not isinstance(value, Real) or isinstance(value, bool) or not allowed.holds(float(value)):
+    if isinstance(value, bool) or not isinstance(value, Real) or not allowed.holds(float(value)):
         raise _meaningless(name, value, allowed.words)
     return float(value)
 
@@ -368,6 +351,12 @@ def _number_or_tensor(name: str, value: object) -> float | Tensor:
     return value
 
 
+def _choice(name: str, value: object, choices: Collection[str]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise _meaningless(name, value, " or ".join(map(repr, choices)))
+    return value
+
+
 def _two_numbers(name: str, value: object) -> tuple[float | None, ...]:
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise _meaningless(name, value, "two numbers, (eps1, eps2)")
@@ -375,7 +364,7 @@ def _two_numbers(name: str, value: object) -> tuple[float | None, ...]:
 
 
 def _whole_number(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise _meaningless(name, value, "a whole number, 1 or more")
     return value
 
@@ -396,9 +385,9 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "scale_parameter": _yes_or_no,
     "relative_step": _yes_or_no,
     "warmup_init": _yes_or_no,
-    "factored_axes": lambda name, value: check_choice(name, value, FACTORED_AXES),
+    "factored_axes": lambda name, value: _choice(name, value, FACTORED_AXES),
     "min_dim_size_to_factor": _whole_number,
-    "weight_decay_mode": lambda name, value: check_choice(name, value, WEIGHT_DECAY_MODES),
+    "weight_decay_mode": lambda name, value: _choice(name, value, WEIGHT_DECAY_MODES),
 }
 
 

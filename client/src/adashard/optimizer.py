@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Callable, Collection, Iterable
 from types import TracebackType
 from typing import Any, Self
@@ -257,6 +258,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 on_existing=self._on_existing,
                 token=self._token,
             )
+            # A script that ends, or forgets the optimizer, must not leave the others waiting.
+            weakref.finalize(self, self._session.abandon)
         return self._session
 
     def _settings(self, step_counts: tuple[int, ...]) -> tuple[GroupStep, ...]:

@@ -40,8 +40,8 @@ def to_proto(value: object) -> Any:  # noqa: ANN401 - callers know which class i
 
     Raises:
         TypeError: there is no such message.
-        ValueError: a number does not fit into its field, or a text is not valid unicode; a
-            mistake in the program, like the first.
+        ValueError: a number does not fit into its field, a text is not valid unicode, or two
+            members of a oneof are set; mistakes in the program, like the first.
     """
     generated = _GENERATED.get(type(value))
     if generated is None:
@@ -128,10 +128,21 @@ def _write(value: object, message: Message) -> None:
                 _write(element, elements.add())
         elif field.form is Form.MANY:
             getattr(message, field.name).extend(content)
-        elif field.nested and content is not None:
-            _write(content, getattr(message, field.name))
         elif not field.nested:
             setattr(message, field.name, content)
+        elif content is not None:
+            _refuse_a_second_member(message, field)
+            _write(content, getattr(message, field.name))
+
+
+def _refuse_a_second_member(message: Message, field: Field) -> None:
+    """Setting one member of a oneof clears the others; nobody who set two meant that."""
+    group = message.DESCRIPTOR.fields_by_name[field.name].containing_oneof
+    other = group and message.WhichOneof(group.name)
+    if other:
+        raise ValueError(
+            f"a {message.DESCRIPTOR.name} has {other!r} or {field.name!r}, and not both"
+        )
 
 
 def _read(message: Message, kind: type[T]) -> T:

@@ -18,8 +18,8 @@ from adashard_server.telemetry.history import History
 from adashard_server.telemetry.metrics import Metrics
 
 _DESCRIPTION = (
-    "Read what an adashard cluster is doing. All numbers of bytes and seconds are plain numbers with "
-    "their unit in the name; lists come in pages; errors are problem documents (RFC 9457)."
+    "Read what an adashard cluster does. Bytes and seconds are plain numbers, their unit is in "
+    "the name; lists come in pages; errors are problem documents (RFC 9457)."
 )
 
 _TAGS = [

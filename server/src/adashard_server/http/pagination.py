@@ -1,7 +1,7 @@
 """Pages of a list: `limit` and an opaque `cursor` that names the last item of the page before.
 
-The cursor holds a sort key and no position: members that come or go between two pages shift nothing,
-so no item that stays is missed or seen twice.
+The cursor holds a sort key and no position: members that come or go between two pages shift
+nothing, so no item that stays is missed or seen twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Cursor = Annotated[
 def page(
     items: Iterable[Item], key: Callable[[Item], Key], *, limit: int, cursor: str | None
 ) -> tuple[list[Item], str | None]:
-    """The items after `cursor` in order of `key`, at most `limit`, and the cursor for the next page.
+    """The items after `cursor` in order of `key`, at most `limit`, and the next page's cursor.
 
     Args:
         items: in any order.

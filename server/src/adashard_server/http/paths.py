@@ -1,9 +1,9 @@
 """Names of jobs in paths. A name is what a user typed: it may hold slashes, spaces, any script.
 
-In a path it is percent-encoded, so the job `a/b` is at `/api/v1/jobs/a%2Fb`. ASGI hands over the path
-decoded, in which that slash looks like a border between segments. `EncodedSlashes` therefore gives
-the router a path in which `%2F` and `%25` stay encoded, and `JobName` decodes them: unambiguous for
-every name, also for one that holds `%2F` itself.
+In a path it is percent-encoded, so the job `a/b` is at `/api/v1/jobs/a%2Fb`. ASGI hands over the
+path decoded, in which that slash looks like a border between segments. `EncodedSlashes` therefore
+gives the router a path in which `%2F` and `%25` stay encoded, and `known_job` decodes them:
+unambiguous for every name, also for one that holds `%2F` itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _KEEP_ENCODED = re.compile(rb"%(25|2[fF])")
 
 
 class EncodedSlashes:
-    """Middleware that keeps encoded slashes and percent signs apart from plain ones in the API's paths."""
+    """Middleware that keeps encoded slashes and percent signs apart from plain ones."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

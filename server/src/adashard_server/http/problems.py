@@ -1,8 +1,8 @@
 """Errors as problem documents (RFC 9457): what a caller gets, and how OpenAPI describes it.
 
 Every error has the same shape and media type, whoever raised it: the catalogue of
-`adashard.wire.errors`, the router (no such path), validation of parameters, or a defect. A defect is
-logged with its traceback and answered without it.
+`adashard.wire.errors`, the router (no such path), validation of parameters, or a defect. A defect
+is logged with its traceback and answered without it.
 
 References:
     M. Nottingham, E. Wilde, S. Dalal: Problem Details for HTTP APIs, RFC 9457, 2023.
@@ -57,7 +57,7 @@ class Problem(BaseModel):
 
 
 def install(app: FastAPI) -> None:
-    """Answer all errors of `app` as problem documents, and describe them in its OpenAPI document."""
+    """Answer all errors of `app` as problem documents, and say so in its OpenAPI document."""
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(RequestValidationError, _invalid_parameters)
     app.add_exception_handler(AdashardError, _catalogue_error)
@@ -92,7 +92,10 @@ def _of_error(error: AdashardError) -> dict[str, Any]:
 
 
 def _answer(
-    request: Request, *, headers: Mapping[str, str] | None = None, **fields: Any
+    request: Request,
+    *,
+    headers: Mapping[str, str] | None = None,
+    **fields: Any,  # noqa: ANN401 - pydantic checks them
 ) -> JSONResponse:
     problem = Problem(
         instance=request.scope.get("raw_path", b"").decode("latin-1") or request.url.path,

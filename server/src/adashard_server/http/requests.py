@@ -1,4 +1,4 @@
-"""What every request passes through: an id, the headers of every answer, and the last net for defects."""
+"""What every request passes through: an id, the headers of its answer, the last net for defects."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ REQUEST_ID = "x-request-id"
 
 _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
-# Nothing is loaded from elsewhere, no script or style stands in a page itself, nobody frames a page.
-# Swagger UI draws its icons from data: URIs.
+# Nothing is loaded from elsewhere, no script or style stands in a page itself, nobody frames a
+# page. Swagger UI draws its icons from data: URIs.
 _HEADERS = {
     "content-security-policy": (
         "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; "

@@ -7,7 +7,6 @@ that is not finite (a loss that has blown up) is null, since JSON has no name fo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Generic, TypeVar
 
@@ -179,7 +178,7 @@ class Job(Schema):
     @classmethod
     def of(cls, job: JobStatistics) -> Job:
         """The answer for these statistics."""
-        return cls(**job_fields(job))
+        return cls.model_validate(_job_fields(job))
 
 
 class State(Schema):
@@ -263,6 +262,15 @@ class JobDetail(Job):
     steps_per_second: float = Field(description="Over the last 30 seconds; 0 when it halts.")
     latest: Step | None = Field(description="The newest step that is told about.")
 
+    @classmethod
+    def of_history(
+        cls, job: JobStatistics, *, steps_per_second: float, latest: StepPoint | None
+    ) -> JobDetail:
+        """The answer for these statistics and what the history says."""
+        newest = Step.of(latest) if latest is not None else None
+        fields = {"steps_per_second": steps_per_second, "latest": newest}
+        return cls.model_validate(_job_fields(job) | fields)
+
 
 class MembershipEvent(Schema):
     """A change of membership, or another change worth telling."""
@@ -314,14 +322,6 @@ class ErrorDescription(Schema):
     hint: str
 
 
-def job_fields(job: JobStatistics) -> dict[str, object]:
-    """Fields of `Job` for these statistics."""
-    fields: Mapping[str, object] = {
-        name: getattr(job, name) for name in Job.model_fields if name not in ("step", "state_bytes")
-    }
-    return {**fields, "step": max(0, job.version), "state_bytes": sum(job.state_bytes.values())}
-
-
 def utc(time_s: float) -> datetime:
     """A time in seconds since 1970 as a time with its zone."""
     return datetime.fromtimestamp(time_s, UTC)
@@ -329,3 +329,9 @@ def utc(time_s: float) -> datetime:
 
 def _finite(number: float | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None
+
+
+def _job_fields(job: JobStatistics) -> dict[str, object]:
+    same = Job.model_fields.keys() - {"step", "state_bytes"}
+    fields: dict[str, object] = {name: getattr(job, name) for name in same}
+    return fields | {"step": max(0, job.version), "state_bytes": sum(job.state_bytes.values())}

@@ -16,7 +16,7 @@ from adashard_server.telemetry.metrics import Metrics
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """The coordinator, its history and metrics, the clock in seconds since 1970, and open streams."""
+    """The coordinator, its history and metrics, the clock in seconds since 1970, open streams."""
 
     view: ClusterView
     history: History

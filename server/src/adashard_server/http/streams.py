@@ -25,6 +25,11 @@ class Streams:
         self._open = 0
         self._closing = asyncio.Event()
 
+    @property
+    def open_count(self) -> int:
+        """Streams that are open now."""
+        return self._open
+
     @contextmanager
     def slot(self) -> Iterator[None]:
         """Holds one of the `streams_max` places while a stream is open.

@@ -1,8 +1,8 @@
 """The steps that jobs have taken, kept in bounded memory: what the page and REST draw from.
 
-Of every job the newest `RECENT_MAX` steps are kept exactly. A step that falls out of these joins the
-older ones, of which every `stride`-th is kept; when they are `OLDER_MAX`, every second is dropped
-and the stride doubles. So a run of any length is shown from its first step, and takes about 2 MiB.
+Of every job the newest `RECENT_MAX` steps are kept exactly. A step that falls out of these joins
+the older ones, of which every `stride`-th is kept; when they are `OLDER_MAX`, every second is
+dropped and the stride doubles. So a run of any length is shown from its first step, in about 2 MiB.
 
 Nothing here reads a clock, and nothing is thread-safe: the coordinator's event loop owns it.
 """
@@ -27,7 +27,7 @@ OLDER_MAX = 1024
 """Steps of a job that are kept of those before."""
 
 PENDING_MAX = 64
-"""Steps of a job that may wait for a shard's summary; beyond it the one that waits longest is dropped."""
+"""Steps of a job that may wait for a summary; beyond it the one that waits longest is dropped."""
 
 VALUES_MAX = 16
 """Different names that workers may log for one step; further ones are dropped."""

@@ -63,7 +63,7 @@ def _attach(logger: logging.Logger, handler: logging.Handler, level: str) -> Non
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: ts, level, logger, event, the fields, and exception if there is one."""
+    """One JSON object per line: ts, level, logger, event, the fields, and an exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Format one record; values that JSON does not know appear as text."""

@@ -1,8 +1,8 @@
 """Everything that Prometheus can ask for: each metric with its unit, labels and one sentence.
 
 Labels are bounded: job names and shards that are there now, and short lists that are written here.
-What is counted per step lives in prometheus-client's objects and is dropped with its job; what can be
-read off the coordinator is read when Prometheus asks, so nothing of it can be out of date.
+What is counted per step lives in prometheus-client's objects and is dropped with its job; what can
+be read off the coordinator is read when Prometheus asks, so nothing of it can be out of date.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PHASES = ("receive", "wait", "exchange", "apply", "reply")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
-class ClusterLike(Protocol):
+class _Cluster(Protocol):
     """What metrics read of the cluster at a glance."""
 
     @property
@@ -34,7 +34,7 @@ class ClusterLike(Protocol):
     def not_ready(self) -> Sequence[str]: ...
 
 
-class JobLike(Protocol):
+class _Job(Protocol):
     """What metrics read of a job."""
 
     @property
@@ -51,7 +51,7 @@ class JobLike(Protocol):
     def adam_bytes(self) -> int: ...
 
 
-class ShardLike(Protocol):
+class _Shard(Protocol):
     """What metrics read of a shard."""
 
     @property
@@ -66,7 +66,7 @@ class ShardLike(Protocol):
     def state_bytes(self) -> Mapping[str, int]: ...
 
 
-class WorkerLike(Protocol):
+class _Worker(Protocol):
     """What metrics read of a worker."""
 
     @property
@@ -79,10 +79,10 @@ class WorkerLike(Protocol):
 class Snapshot:
     """The coordinator's view at the moment of a scrape."""
 
-    cluster: ClusterLike
-    jobs: Sequence[JobLike]
-    shards: Sequence[ShardLike]
-    workers: Sequence[WorkerLike]
+    cluster: _Cluster
+    jobs: Sequence[_Job]
+    shards: Sequence[_Shard]
+    workers: Sequence[_Worker]
 
 
 class Metrics:
@@ -94,7 +94,7 @@ class Metrics:
 
     def __init__(self, version: str) -> None:
         # The `_created` series double the output and are read by nobody here.
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._steps = _StepMetrics(self.registry)
         self._view = _ViewCollector(version)
@@ -195,7 +195,7 @@ def _newest_step_gauges(registry: CollectorRegistry) -> dict[str, Gauge]:
     described = {
         "adashard_gradient_norm": "Norm of the mean gradient in the newest step.",
         "adashard_update_rms": "Root mean square of the update, before the step size.",
-        "adashard_update_clip_ratio": "Largest factor an update was divided by to clip it; 1: none.",
+        "adashard_update_clip_ratio": "Largest factor an update was divided by to clip it.",
         "adashard_loss": "Mean loss that workers reported for the newest step that has one.",
     }
     return {
@@ -242,7 +242,7 @@ def _gauge(
 
 def _of_cluster(snapshot: Snapshot) -> Iterator[Metric]:
     cluster = snapshot.cluster
-    workers = Tally((worker.job, worker.status) for worker in snapshot.workers)
+    workers = Tally[tuple[str, ...]]((one.job, one.status) for one in snapshot.workers)
     yield _gauge("adashard_uptime_seconds", "Seconds since the start.", (), {(): cluster.uptime_s})
     yield _gauge(
         "adashard_ready", "1 if the cluster takes work.", (), {(): float(not cluster.not_ready)}
@@ -251,7 +251,7 @@ def _of_cluster(snapshot: Snapshot) -> Iterator[Metric]:
     yield _gauge("adashard_workers", "Workers of a job.", ("job_name", "status"), workers)
 
 
-def _of_jobs(jobs: Sequence[JobLike]) -> Iterator[Metric]:
+def _of_jobs(jobs: Sequence[_Job]) -> Iterator[Metric]:
     per_job: dict[str, tuple[str, dict[tuple[str, ...], float]]] = {
         "adashard_global_step": (
             "Steps that the job has decided.",
@@ -280,8 +280,8 @@ def _of_jobs(jobs: Sequence[JobLike]) -> Iterator[Metric]:
     )
 
 
-def _of_shards(shards: Sequence[ShardLike]) -> Iterator[Metric]:
-    per_shard: dict[str, tuple[str, Callable[[ShardLike], float]]] = {
+def _of_shards(shards: Sequence[_Shard]) -> Iterator[Metric]:
+    per_shard: dict[str, tuple[str, Callable[[_Shard], float]]] = {
         "adashard_shard_up": (
             "1 if the shard is live or is being drained.",
             lambda shard: float(shard.status in ("live", "draining")),

@@ -48,7 +48,7 @@ async def stream_events(
         Query(description="Only steps and workers of this job, which need not exist yet."),
     ] = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    """`status` once a second, `step` at most four times a second and job, `membership` as it comes."""
+    """`status` once a second, `step` up to four times a second and job, `membership` at once."""
     async for event in watch(sources, job=job, after=after, tick=sources.streams.tick):
         yield event
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query
 from adashard.wire.errors import InvalidRequest
 from adashard_server.http.pagination import Cursor, Limit, clamp, page
 from adashard_server.http.paths import KnownJob
-from adashard_server.http.schemas import Job, JobDetail, Listing, State, Step, job_fields
+from adashard_server.http.schemas import Job, JobDetail, Listing, State, Step
 from adashard_server.http.sources import From
 
 router = APIRouter(prefix="/api/v1/jobs", tags=["jobs"])
@@ -31,10 +31,10 @@ async def list_jobs(sources: From, limit: Limit = 100, cursor: Cursor = None) ->
 async def read_job(job: KnownJob, sources: From) -> JobDetail:
     """Where a job stands, with its rate and its newest step."""
     latest = sources.history.latest(job.name)
-    return JobDetail(
-        **job_fields(job),
+    return JobDetail.of_history(
+        job,
         steps_per_second=sources.history.steps_per_second(job.name, now_s=sources.clock()),
-        latest=Step.of(latest) if latest is not None else None,
+        latest=latest,
     )
 
 
@@ -57,8 +57,8 @@ async def list_steps(
     """Steps by number, in one page: durations by phase, norms, learning rates, bytes, loss.
 
     The newest 1024 steps are kept exactly, those before more and more thinly. Where more than
-    `max_points` lie in the range, the first one stays, and every bucket of the others keeps the step
-    with the largest gradient norm and its last step.
+    `max_points` lie in the range, the first one stays, and every bucket of the others keeps the
+    step with the largest gradient norm and its last step.
     """
     if first is not None and last is not None and first > last:
         raise InvalidRequest(

@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# Builds the images, brings the stack of docker-compose.yml up, trains through it with the two
+# workers of the profile `demo`, reads what REST says about it, and takes everything down again.
+# Uses its own project name, ports and volumes: a stack that runs already is left alone.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+STEPS=${DEMO_STEPS:-20}
+WAIT_S=300
+
+fail() { echo "test-compose: $*" >&2; exit 1; }
+say() { echo "test-compose: $*"; }
+free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+
+find_tools() {
+  command -v python3 >/dev/null || fail "python3 is missing"
+  command -v docker >/dev/null || fail "docker is missing: install Docker Engine (Debian: docker.io)"
+  docker version >/dev/null 2>&1 ||
+    fail "docker does not reach an engine at ${DOCKER_HOST:-the default socket}: start it, or set DOCKER_HOST"
+  if docker compose version >/dev/null 2>&1; then COMPOSE=(docker compose)
+  elif command -v docker-compose >/dev/null; then COMPOSE=(docker-compose)
+  else fail "Compose is missing: install the plugin docker-compose-v2, or docker-compose"; fi
+}
+
+compose() { "${COMPOSE[@]}" --project-name "$PROJECT" "$@"; }
+
+take_down() {
+  local outcome=$?
+  trap - EXIT
+  if ((outcome)); then compose --profile demo logs --tail=40 2>&1 || true; fi
+  compose --profile demo down --volumes --timeout 40 >/dev/null 2>&1 || true
+  ((outcome)) && echo "test-compose: FAILED" >&2
+  exit "$outcome"
+}
+
+# rest PATH EXPRESSION: prints EXPRESSION of the answer; fails where the answer is no 200.
+rest() {
+  python3 - "http://127.0.0.1:$HTTP_PORT$1" "$2" <<'PYTHON'
+import json, sys, urllib.request
+url, expression = sys.argv[1:]
+with urllib.request.urlopen(url, timeout=10) as reply:
+    print(eval(expression, {"answer": json.load(reply)}))
+PYTHON
+}
+
+# expect TEXT PATH EXPRESSION: EXPRESSION of the answer is true.
+expect() {
+  local found
+  found=$(rest "$2" "$3") || fail "$2 does not answer"
+  [[ $found == True ]] || fail "not so: $1 ($2: $3 is $found)"
+  say "  $1"
+}
+
+wait_until_ready() {
+  local end=$((SECONDS + WAIT_S))
+  until rest /readyz 'answer["ready"]' >/dev/null 2>&1; do
+    ((SECONDS < end)) || fail "not ready after $WAIT_S s"
+    sleep 1
+  done
+}
+
+train() {
+  compose --profile demo up -d worker-0 worker-1
+  local worker container code
+  for worker in worker-0 worker-1; do
+    container=$(compose --profile demo ps -q "$worker")
+    code=$(timeout "$WAIT_S" docker wait "$container") || fail "$worker did not end in $WAIT_S s"
+    [[ $code == 0 ]] || fail "$worker ended with $code"
+  done
+}
+
+read_answers() {
+  local job
+  expect "the process answers" /healthz 'answer["status"] == "ok"'
+  expect "two shards are there" /api/v1/cluster 'answer["shard_count"] == 2'
+  expect "both shards hold weights" /api/v1/shards 'all(shard["weight_bytes"] > 0 for shard in answer["items"])'
+  expect "membership is kept in Redis" /api/v1/cluster 'answer["registry"] == "redis"'
+  job=$(rest /api/v1/jobs 'answer["items"][0]["name"]') || fail "there is no job"
+  expect "the job has taken its steps" "/api/v1/jobs/$job" "answer['step'] >= $STEPS"
+  expect "its state is smaller than Adam's" "/api/v1/jobs/$job/state" '0 < answer["total_bytes"] < answer["adam_bytes"]'
+  expect "its steps carry a loss" "/api/v1/jobs/$job/steps" 'answer["items"][-1]["loss"] is not None'
+}
+
+# SIGTERM drains: whoever is stopped ends by itself, in time and with 0.
+stop_cleanly() {
+  local services=(shard-0 shard-1 coordinator) service container code
+  local -A containers
+  for service in "${services[@]}"; do containers[$service]=$(compose ps -q "$service"); done
+  compose stop "${services[@]}"
+  for service in "${services[@]}"; do
+    container=${containers[$service]}
+    code=$(docker inspect --format '{{.State.ExitCode}}' "$container")
+    [[ $code == 0 ]] || fail "$service ended with $code when it was stopped"
+  done
+}
+
+find_tools
+PROJECT=adashard-test-$$
+HTTP_PORT=$(free_port)
+GRPC_PORT=$(free_port)
+DEMO_STEPS=$STEPS
+export HTTP_PORT GRPC_PORT DEMO_STEPS
+trap take_down EXIT
+
+say "building ($(docker version --format '{{.Server.Version}}'), ${COMPOSE[*]} $("${COMPOSE[@]}" version --short))"
+compose config --quiet
+compose build
+say "starting"
+compose up -d redis coordinator shard-0 shard-1
+wait_until_ready
+say "training $STEPS steps with two workers"
+train
+say "reading REST"
+read_answers
+say "stopping"
+stop_cleanly
+say "passed"

@@ -1,0 +1,69 @@
+"""What a job may be, and who may join it: decided at a worker's hello. Pure."""
+
+from __future__ import annotations
+
+from adashard.wire.errors import InvalidRequest, JobExists, JobLost, ModelMismatch, Overloaded
+from adashard.wire.messages import Entry, OnExisting, WorkerHello
+from adashard.wire.placement import first_difference, validate_spec
+from adashard_server.cluster.membership import Membership, Phase
+
+JOBS_MAX = 1000
+WORKERS_PER_JOB_MAX = 64
+JOB_NAME_MAX = 128
+
+
+def check_name(name: str) -> None:
+    """Refuses names that could not be shown or stored.
+
+    Raises:
+        InvalidRequest: empty, too long, or with characters that cannot be printed.
+    """
+    if not (0 < len(name) <= JOB_NAME_MAX and name.isprintable() and name.strip() == name):
+        raise InvalidRequest(
+            f"job={name[:JOB_NAME_MAX]!r} is not a name: 1 to {JOB_NAME_MAX} printable characters"
+        )
+
+
+def new_entry(hello: WorkerHello, generation: int) -> Entry:
+    """The entry of a job that `hello` begins, before its first generation.
+
+    Args:
+        hello: the first worker's.
+        generation: the highest that any member has promised for a job of this name.
+
+    Raises:
+        InvalidRequest: the name or the specification cannot be right.
+    """
+    check_name(hello.job)
+    validate_spec(hello.spec)
+    return Entry(job=hello.job, generation=generation, author="", spec=hello.spec)
+
+
+def check_join(membership: Membership, hello: WorkerHello) -> bool:
+    """Whether the job is to begin anew for this worker; it joins where it stands if not.
+
+    Raises:
+        JobExists: the worker does not want an existing job, or wants to replace a live one.
+        ModelMismatch: with the first differing tensor and both shapes.
+        JobLost: the job's state is gone and the worker wants to resume it.
+        Overloaded: the job has as many workers as are allowed.
+    """
+    job, workers = hello.job, len(membership.worker_ids())
+    if hello.on_existing is OnExisting.ERROR:
+        raise JobExists(f"job {job!r} exists, at step {membership.version}", job=job)
+    if hello.on_existing is OnExisting.REPLACE:
+        if workers or membership.writing:
+            raise JobExists(
+                f"job {job!r} has {workers} live workers and cannot be replaced",
+                remedy="Stop them first, or choose another job=.",
+                job=job,
+            )
+        validate_spec(hello.spec)
+        return True
+    if membership.phase is Phase.LOST:
+        raise JobLost(f"job {job!r} is lost: {membership.reason}", job=job)
+    if difference := first_difference(hello.spec, membership.entry.spec):
+        raise ModelMismatch(f"job {job!r} trains another model: {difference}", job=job)
+    if workers >= WORKERS_PER_JOB_MAX:
+        raise Overloaded(f"job {job!r} has {workers} workers, the most that are allowed")
+    return False

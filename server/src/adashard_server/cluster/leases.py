@@ -1,0 +1,66 @@
+"""Who is still there: leases with an end, by member. Pure; the clock is passed in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseSettings:
+    """Times of membership, in seconds.
+
+    Attributes:
+        lease_s: a member that is silent for so long counts as dead.
+        grace_s: one whose control stream has broken, for so long.
+        renew_s: between two renewals of a member.
+        replace_after_s: how long a dead shard is waited for before its job is touched.
+    """
+
+    lease_s: float = 15.0
+    grace_s: float = 2.0
+    renew_s: float = 1.0
+    replace_after_s: float = 2.0
+
+
+class Leases:
+    """Leases of all members. Decides only *when* a generation is made, never what is accepted."""
+
+    def __init__(self, settings: LeaseSettings) -> None:
+        self._settings = settings
+        self._ends: dict[str, float] = {}
+        self._renewed: dict[str, float] = {}
+        self._ticked: float | None = None
+
+    def renew(self, member: str, now: float) -> None:
+        """The member has been heard: it is alive, also if it was dead."""
+        self._ends[member] = now + self._settings.lease_s
+        self._renewed[member] = now
+
+    def broken(self, member: str, now: float) -> None:
+        """The member's stream has broken: it has the grace period to come back."""
+        if member in self._ends:
+            self._ends[member] = min(self._ends[member], now + self._settings.grace_s)
+
+    def forget(self, member: str) -> None:
+        """The member has gone for good. Idempotent."""
+        self._ends.pop(member, None)
+        self._renewed.pop(member, None)
+
+    def tick(self, now: float) -> None:
+        """Time has passed. After a pause of our own nobody could renew: all leases start again."""
+        if self._ticked is not None and now - self._ticked > self._settings.lease_s / 3:
+            for member in self._ends:
+                self._ends[member] = now + self._settings.lease_s
+        self._ticked = now
+
+    def dead(self, now: float) -> frozenset[str]:
+        """Members whose lease has ended."""
+        return frozenset(member for member, end in self._ends.items() if end <= now)
+
+    def dead_since_s(self, member: str, now: float) -> float:
+        """Seconds since the member's lease ended; 0 while it lives."""
+        return max(0.0, now - self._ends.get(member, now))
+
+    def silent_s(self, member: str, now: float) -> float:
+        """Seconds since the member was last heard."""
+        return now - self._renewed.get(member, now)

@@ -1,0 +1,72 @@
+"""The exchange between shards over gRPC."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+import grpc
+
+from adashard.transport.grpc import CONTROL_BYTES_MAX, shard_unreachable, translate
+from adashard.wire import codec
+from adashard.wire.messages import ExchangeRequest, Member, Report
+from adashard.wire.v1 import peer_pb2
+from adashard.wire.v1.peer_pb2_grpc import PeerServiceStub
+
+log = logging.getLogger("adashard.rounds")
+
+EXCHANGE_TIMEOUT_S = 10.0
+_OPTIONS = [
+    ("grpc.max_send_message_length", CONTROL_BYTES_MAX),
+    ("grpc.max_receive_message_length", CONTROL_BYTES_MAX),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+class GrpcExchange:
+    """A `PeerExchange` with one channel per address; thread-safe."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.Channel] = {}
+        self._lock = threading.Lock()
+
+    def send(
+        self, peer: Member, request: ExchangeRequest, deliver: Callable[[Report], None]
+    ) -> None:
+        """Hands `request` to `peer`; see `PeerExchange.send`."""
+        stub = PeerServiceStub(self._channel(peer.address))
+        call = stub.Exchange.future(codec.to_proto(request), timeout=EXCHANGE_TIMEOUT_S)
+        call.add_done_callback(lambda done: self._answered(done, peer, deliver))
+
+    def close(self) -> None:
+        """Ends what is under way."""
+        with self._lock:
+            channels, self._channels = self._channels, {}
+        for channel in channels.values():
+            channel.close()
+
+    def _answered(
+        self,
+        call: grpc.CallFuture[peer_pb2.ExchangeResponse],
+        peer: Member,
+        deliver: Callable[[Report], None],
+    ) -> None:
+        if call.cancelled():
+            return
+        error = call.exception()
+        if isinstance(error, grpc.RpcError):
+            what = translate(error, peer.address, shard_unreachable)
+            log.debug("a report to shard %s is repeated: %s", peer.id, what.message)
+            return
+        response = codec.from_proto(call.result())
+        if response.report is not None:
+            deliver(response.report)
+
+    def _channel(self, address: str) -> grpc.Channel:
+        with self._lock:
+            if address not in self._channels:
+                self._channels[address] = grpc.insecure_channel(address, options=_OPTIONS)
+            return self._channels[address]

@@ -1,0 +1,28 @@
+"""Reports of other shards."""
+
+from __future__ import annotations
+
+import grpc
+
+from adashard.wire import codec
+from adashard.wire.v1 import peer_pb2
+from adashard.wire.v1.peer_pb2_grpc import PeerServiceServicer
+from adashard_server.rpc.interceptors import answering
+from adashard_server.shard.shard import Shard
+
+
+class PeerService(PeerServiceServicer):
+    """Hands reports to the shard and its own back."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+
+    def Exchange(  # noqa: N802 - the contract's name
+        self, request: peer_pb2.ExchangeRequest, context: grpc.ServicerContext
+    ) -> peer_pb2.ExchangeResponse:
+        """See protos/adashard/wire/v1/peer.proto."""
+        with answering(context, "Exchange"):
+            response = self._shard.exchange(codec.from_proto(request))
+            packed: peer_pb2.ExchangeResponse = codec.to_proto(response)
+            return packed
+        return peer_pb2.ExchangeResponse()

@@ -1,0 +1,102 @@
+"""Two distributions of one version, and what each brings along."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import adashard
+
+
+@pytest.fixture(scope="module")
+def client(root: Path) -> dict[str, object]:
+    return _project(root / "client")
+
+
+@pytest.fixture(scope="module")
+def server(root: Path) -> dict[str, object]:
+    return _project(root / "server")
+
+
+def test_both_distributions_have_one_version(
+    client: dict[str, object], server: dict[str, object]
+) -> None:
+    assert client["version"] == server["version"]
+
+
+def test_a_running_process_knows_the_version_that_is_installed(client: dict[str, object]) -> None:
+    assert adashard.__version__ == client["version"]
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(adashard.__all__) == {"Adafactor", "AdashardError", "RemoteOptimizer", "__version__"}
+
+
+def test_the_server_depends_on_the_client_of_its_own_version(server: dict[str, object]) -> None:
+    assert f"adashard=={server['version']}" in server["dependencies"]
+
+
+def test_the_changelog_speaks_of_this_version(client: dict[str, object], root: Path) -> None:
+    assert f"## [{client['version']}]" in (root / "CHANGELOG.md").read_text()
+
+
+def test_every_dependency_is_pinned(
+    client: dict[str, object], server: dict[str, object], root: Path
+) -> None:
+    pins = _requirements(root / "constraints.txt")
+    needed = [
+        *map(Requirement, [*client["dependencies"], *server["dependencies"]]),
+        *_requirements(root / "requirements-dev.txt").values(),
+    ]
+    names = {canonicalize_name(requirement.name) for requirement in needed}
+    assert names - pins.keys() == {"adashard"}
+
+
+def test_every_pin_is_one_public_version(root: Path) -> None:
+    for requirement in _requirements(root / "constraints.txt").values():
+        (pin,) = requirement.specifier
+        assert pin.operator == "=="
+        assert "+" not in pin.version, f"{requirement}: a local label names a build of one index"
+
+
+def test_every_pin_is_in_the_range_that_the_distributions_ask_for(
+    client: dict[str, object], server: dict[str, object], root: Path
+) -> None:
+    pins = _requirements(root / "constraints.txt")
+    for requirement in map(Requirement, [*client["dependencies"], *server["dependencies"]]):
+        if requirement.name != "adashard":
+            (pin,) = pins[canonicalize_name(requirement.name)].specifier
+            assert requirement.specifier.contains(pin.version), str(requirement)
+
+
+@pytest.mark.parametrize(
+    ("module", "unwelcome"),
+    [
+        ("adashard", {"adashard_server", "fastapi", "msgpack", "redis", "uvicorn"}),
+        ("adashard_server.optim", {"adashard", "fastapi", "google.protobuf", "grpc", "redis"}),
+    ],
+)
+def test_importing_a_room_loads_nothing_of_the_others(module: str, unwelcome: set[str]) -> None:
+    script = f"import json, sys, {module}; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert unwelcome.isdisjoint(json.loads(done.stdout))
+
+
+def _project(folder: Path) -> dict[str, object]:
+    return tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+
+
+def _requirements(path: Path) -> dict[str, Requirement]:
+    """The lines of a requirements file, by normalised name."""
+    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
+    found = [Requirement(line) for line in lines if line]
+    return {canonicalize_name(requirement.name): requirement for requirement in found}

@@ -1,0 +1,281 @@
+"""A model is cut by its shapes alone, refused with its first fault, compared in one sentence."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adashard.wire import placement
+from adashard.wire.errors import AdashardError, InvalidRequest, UnsupportedParameter
+from adashard.wire.messages import (
+    AdafactorLayout,
+    EpsPlacement,
+    FactoredAxes,
+    Group,
+    JobSpec,
+    Parameter,
+)
+from adashard.wire.placement import (
+    DEFAULT_SLICE_BYTES,
+    DIMENSIONS_MAX,
+    ELEMENTS_MAX,
+    NAME_LENGTH_MAX,
+    SLICE_BYTES_MAX,
+    SLICE_BYTES_MIN,
+    WORKERS_MAX,
+    cut,
+    first_difference,
+    validate_spec,
+)
+
+
+def job(*parameters: Parameter, **settings: Any) -> JobSpec:
+    defaults: dict[str, Any] = {
+        "groups": (Group(adafactor=AdafactorLayout()),),
+        "slice_bytes": DEFAULT_SLICE_BYTES,
+        "min_workers": 1,
+    }
+    return JobSpec(parameters=parameters, **(defaults | settings))
+
+
+def tensor(name: str, *shape: int, group: int = 0) -> Parameter:
+    return Parameter(name=name, shape=shape, group=group)
+
+
+EMBEDDING, WEIGHT, BIAS = tensor("embedding", 9, 4), tensor("weight", 4, 4), tensor("bias", 4)
+
+layouts = st.builds(
+    AdafactorLayout,
+    factored_axes=st.sampled_from([FactoredAxes.LAST_TWO, FactoredAxes.LARGEST_TWO]),
+    min_dim_size_to_factor=st.integers(1, 128),
+    momentum=st.booleans(),
+    eps_placement=st.sampled_from([EpsPlacement.ADDED, EpsPlacement.CLAMPED]),
+)
+groups = st.lists(st.builds(Group, adafactor=layouts), min_size=1, max_size=3)
+shapes = st.lists(st.integers(1, 2**5), max_size=DIMENSIONS_MAX).map(tuple)
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> JobSpec:
+    """Any job that can be trained."""
+    its_groups = draw(groups)
+    names = draw(st.lists(st.text(min_size=1, max_size=9), min_size=1, max_size=9, unique=True))
+    return JobSpec(
+        parameters=tuple(
+            Parameter(
+                name=name, shape=draw(shapes), group=draw(st.integers(0, len(its_groups) - 1))
+            )
+            for name in names
+        ),
+        groups=tuple(its_groups),
+        slice_bytes=draw(st.integers(SLICE_BYTES_MIN, SLICE_BYTES_MAX)),
+        min_workers=draw(st.integers(1, WORKERS_MAX)),
+    )
+
+
+# --- slices --------------------------------------------------------------------------------------
+
+
+@given(jobs())
+def test_slices_are_numbered_in_order_and_cover_every_parameter_exactly_once(spec: JobSpec):
+    slices = cut(spec)
+    assert [piece.index for piece in slices] == list(range(len(slices)))
+    assert [piece.parameter for piece in slices] == sorted(piece.parameter for piece in slices)
+    for index, parameter in enumerate(spec.parameters):
+        pieces = [piece for piece in slices if piece.parameter == index]
+        reached = 0
+        for piece in pieces:
+            assert piece.axis == pieces[0].axis
+            assert piece.start == reached < piece.stop
+            reached = piece.stop
+            whole = list(parameter.shape)
+            if whole:
+                whole[piece.axis] = piece.stop - piece.start
+            assert piece.shape == tuple(whole)
+        assert reached == (parameter.shape[pieces[0].axis] if parameter.shape else 1)
+        assert sum(piece.element_count for piece in pieces) == math.prod(parameter.shape)
+
+
+@given(jobs(), st.integers(1, WORKERS_MAX))
+def test_slices_do_not_depend_on_workers(spec: JobSpec, min_workers: int):
+    assert cut(spec) == cut(replace(spec, min_workers=min_workers))
+
+
+def test_bytes_are_those_of_float32():
+    (piece,) = cut(job(EMBEDDING))
+    assert (piece.element_count, piece.byte_count) == (36, 144)
+    (scalar,) = cut(job(tensor("scale")))
+    assert (scalar.element_count, scalar.byte_count, scalar.shape) == (1, 4, ())
+
+
+# --- limits --------------------------------------------------------------------------------------
+
+
+@given(jobs())
+def test_a_job_within_the_limits_is_accepted(spec: JobSpec):
+    validate_spec(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "words"),
+    [
+        (job(), InvalidRequest, "parameters is 0"),
+        (job(WEIGHT, groups=()), InvalidRequest, "groups is 0"),
+        (job(WEIGHT, slice_bytes=SLICE_BYTES_MIN - 1), InvalidRequest, "slice_bytes is 4095"),
+        (job(WEIGHT, slice_bytes=SLICE_BYTES_MAX + 1), InvalidRequest, "slice_bytes is"),
+        (job(WEIGHT, min_workers=0), InvalidRequest, "min_workers is 0; 1 to 1024 are allowed"),
+        (job(WEIGHT, min_workers=WORKERS_MAX + 1), InvalidRequest, "min_workers is 1025"),
+        (job(WEIGHT, BIAS, WEIGHT), InvalidRequest, "0 and 2 have the same name 'weight'"),
+        (job(tensor("")), InvalidRequest, "name of parameter 0 has 0 characters"),
+        (job(tensor("n" * (NAME_LENGTH_MAX + 1))), InvalidRequest, "has 513 characters"),
+        (job(tensor("w", 2, group=1)), InvalidRequest, "'w' is of group 1, and there are 1"),
+        (job(tensor("w", 2, group=-1)), InvalidRequest, "'w' is of group -1"),
+        (job(tensor("w", 3, 0)), UnsupportedParameter, r"no elements: its shape is \(3, 0\)"),
+        (job(tensor("w", -3, -2)), UnsupportedParameter, "no elements"),
+        (job(tensor("w", *[1] * 9)), UnsupportedParameter, "'w' has 9 axes; 8 are allowed"),
+        (job(tensor("w", ELEMENTS_MAX, 2)), UnsupportedParameter, "'w' has 2199023255552 el"),
+        (job(WEIGHT, groups=(Group(),)), InvalidRequest, "group 0 names no optimizer"),
+    ],
+)
+def test_what_is_out_of_the_limits_is_refused_by_name(
+    spec: JobSpec, kind: type[AdashardError], words: str
+):
+    with pytest.raises(kind, match=words):
+        validate_spec(spec)
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (AdafactorLayout(factored_axes=FactoredAxes.UNSPECIFIED), "which axes are factored"),
+        (AdafactorLayout(eps_placement=EpsPlacement.UNSPECIFIED), "where eps is placed"),
+        (AdafactorLayout(min_dim_size_to_factor=0), "min_dim_size_to_factor of group 1 is 0"),
+    ],
+)
+def test_a_layout_that_is_not_whole_is_refused(layout: AdafactorLayout, words: str):
+    spec = job(WEIGHT, groups=(Group(adafactor=AdafactorLayout()), Group(adafactor=layout)))
+    with pytest.raises(InvalidRequest, match=words):
+        validate_spec(spec)
+
+
+def test_what_stands_on_a_limit_is_accepted():
+    validate_spec(
+        job(
+            tensor("n" * NAME_LENGTH_MAX, *[1] * DIMENSIONS_MAX),
+            tensor("large", ELEMENTS_MAX),
+            slice_bytes=SLICE_BYTES_MIN,
+            min_workers=WORKERS_MAX,
+        )
+    )
+    validate_spec(job(WEIGHT, slice_bytes=SLICE_BYTES_MAX))
+
+
+def test_too_many_parameters_are_refused_before_they_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(placement, "PARAMETERS_MAX", 2)
+    with pytest.raises(InvalidRequest, match="parameters is 3; 1 to 2 are allowed"):
+        validate_spec(job(WEIGHT, BIAS, EMBEDDING))
+
+
+# --- differences ---------------------------------------------------------------------------------
+
+
+@given(jobs(), st.integers(1, WORKERS_MAX))
+def test_a_job_does_not_differ_from_itself_whatever_min_workers_is(spec: JobSpec, workers: int):
+    assert first_difference(spec, replace(spec, min_workers=workers)) is None
+
+
+@given(jobs(), jobs())
+def test_a_difference_is_found_whenever_there_is_one(mine: JobSpec, theirs: JobSpec):
+    same = mine == replace(theirs, min_workers=mine.min_workers)
+    assert (first_difference(mine, theirs) is None) == same
+
+
+CLAMPED = (Group(adafactor=AdafactorLayout(eps_placement=EpsPlacement.CLAMPED)),)
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "sentence"),
+    [
+        (
+            job(BIAS, tensor("blocks.0.weight", 64, 32)),
+            job(BIAS, tensor("blocks.0.weight", 64, 48)),
+            "parameter 1 'blocks.0.weight': (64, 32) here, (64, 48) in the job",
+        ),
+        (
+            job(WEIGHT),
+            job(WEIGHT, BIAS),
+            "parameter 1 'bias' (4,) of the job is missing here",
+        ),
+        (
+            job(WEIGHT, BIAS),
+            job(WEIGHT),
+            "parameter 1 'bias' (4,) is not in the job",
+        ),
+        (
+            job(WEIGHT, BIAS),
+            job(EMBEDDING, WEIGHT, BIAS),
+            "parameter 0 'embedding' (9, 4) of the job is missing here",
+        ),
+        (
+            job(EMBEDDING, WEIGHT, BIAS),
+            job(WEIGHT, BIAS),
+            "parameter 0 'embedding' (9, 4) is not in the job",
+        ),
+        (
+            job(WEIGHT, tensor("bias", 4)),
+            job(WEIGHT, tensor("shift", 4)),
+            "parameter 1 is 'bias' (4,) here, 'shift' (4,) in the job",
+        ),
+        (
+            job(WEIGHT, BIAS),
+            job(BIAS, WEIGHT),
+            "parameter 0 is 'weight' (4, 4) here, 'bias' (4,) in the job",
+        ),
+        (
+            job(WEIGHT),
+            job(tensor("weight", 4, 4, group=1)),
+            "parameter 0 'weight': in group 0 here, in group 1 in the job",
+        ),
+        (
+            job(WEIGHT),
+            job(WEIGHT, groups=CLAMPED),
+            "group 0, eps_placement: added here, clamped in the job",
+        ),
+        (
+            job(WEIGHT, groups=(Group(adafactor=AdafactorLayout(momentum=True)),)),
+            job(WEIGHT),
+            "group 0, momentum: True here, False in the job",
+        ),
+        (
+            job(WEIGHT),
+            job(WEIGHT, groups=CLAMPED * 2),
+            "groups: 1 here, 2 in the job",
+        ),
+        (
+            job(WEIGHT),
+            job(WEIGHT, groups=(Group(),)),
+            "group 0 has another optimizer here than in the job",
+        ),
+        (
+            job(WEIGHT, slice_bytes=1 << 20),
+            job(WEIGHT),
+            "slice_bytes: 1048576 here, 4194304 in the job",
+        ),
+        (
+            job(tensor("weight", 1), groups=CLAMPED, slice_bytes=1 << 20),
+            job(WEIGHT),
+            "parameter 0 'weight': (1,) here, (4, 4) in the job",
+        ),
+    ],
+)
+def test_the_first_difference_is_said_in_one_sentence(
+    mine: JobSpec, theirs: JobSpec, sentence: str
+):
+    assert first_difference(mine, theirs) == sentence
