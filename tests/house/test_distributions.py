@@ -76,19 +76,28 @@ def test_every_pin_is_in_the_range_that_the_distributions_ask_for(
             assert requirement.specifier.contains(pin.version), str(requirement)
 
 
-@pytest.mark.parametrize(
-    ("module", "unwelcome"),
-    [
-        ("adashard", {"adashard_server", "fastapi", "msgpack", "redis", "uvicorn"}),
-        ("adashard_server.optim", {"adashard", "fastapi", "google.protobuf", "grpc", "redis"}),
-    ],
-)
-def test_importing_a_room_loads_nothing_of_the_others(module: str, unwelcome: set[str]) -> None:
-    script = f"import json, sys, {module}; print(json.dumps(list(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True
-    )
-    assert unwelcome.isdisjoint(json.loads(done.stdout))
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, set[str]]:
+    """All modules that are in memory once the mathematics, and then the client, are imported."""
+    script = """if True:
+        import json, sys
+        import adashard_server.optim
+        optim = list(sys.modules)
+        import adashard
+        print(json.dumps({"optim": optim, "adashard": list(sys.modules)}))
+    """
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return {room: set(names) for room, names in json.loads(done.stdout).items()}
+
+
+def test_the_mathematics_loads_neither_network_nor_contract(loaded: dict[str, set[str]]) -> None:
+    assert loaded["optim"].isdisjoint({"adashard", "fastapi", "google.protobuf", "grpc", "redis"})
+
+
+def test_a_worker_loads_nothing_that_only_servers_need(loaded: dict[str, set[str]]) -> None:
+    assert "torch" in loaded["adashard"]
+    assert loaded["adashard"].isdisjoint({"fastapi", "msgpack", "pydantic", "redis", "uvicorn"})
 
 
 def _project(folder: Path) -> dict[str, object]:

@@ -145,12 +145,14 @@ def test_streams_beyond_the_limit_are_refused_until_one_ends():
 
 
 def test_streams_end_at_once_when_the_server_goes_away():
-    async def close_while_waiting():
-        streams = Streams("e", interval_s=3600)
-        waiting = asyncio.create_task(streams.tick())
-        await asyncio.sleep(0)
+    streams = Streams("e", interval_s=3600)
+
+    async def close():
         streams.close()
-        return await waiting, await streams.tick()
+
+    async def close_while_waiting():
+        still_there, _ = await asyncio.gather(streams.tick(), close())
+        return still_there, await streams.tick()
 
     assert asyncio.run(close_while_waiting()) == (False, False)
 

@@ -1,4 +1,4 @@
-"""From our dataclasses to plain maps, lists and numbers, and back: the form in which they are stored.
+"""From our dataclasses to plain maps, lists and numbers, and back: how they are stored.
 
 Unlike protobuf a plain map names its fields, so it can be read by people, and by a later version
 that has more fields or fewer. Whoever stores one adds a version of the schema of their own.
@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from adashard.wire.errors import InvalidRequest
 from adashard.wire.schema import Field, Form, fields_of
 
-INTEGER_BITS = 64
+# Whole numbers fit into 64 bits on the wire and in msgpack; so they are bounded here as well.
+INTEGERS = range(-(1 << 63), 1 << 63)
 
 T = TypeVar("T")
 
@@ -102,8 +103,8 @@ def _item(field: Field, data: object, path: str) -> object:
 
 def _scalar(kind: type[object], data: object, path: str) -> object:
     """A scalar of exactly this type; a float may have been stored as an integer."""
-    if type(data) is int and data.bit_length() >= INTEGER_BITS:
-        raise InvalidRequest(f"{path} is an integer of more than {INTEGER_BITS} bits")
+    if type(data) is int and data not in INTEGERS:
+        raise InvalidRequest(f"{path} is an integer of more than 64 bits")
     if type(data) is kind:
         return data
     if kind is float and type(data) is int:

@@ -1,0 +1,207 @@
+"""What the terminal shows of a demo: a live line while it trains, and a table at the end."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.filesize import decimal as size
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from adashard_server.demo.processes import WorkerFailed
+
+PLAIN_INTERVAL_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """Where the training stands.
+
+    Attributes:
+        step: steps taken.
+        steps: steps to take.
+        loss: nats per byte, smoothed over the newest steps.
+        steps_per_s: None before the second step.
+        state_bytes: optimizer state on all shards; None until they have told.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    steps_per_s: float | None
+    state_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What came of it.
+
+    Attributes:
+        parameter_count: numbers in the model.
+        training_bytes: text that batches were drawn from.
+        training_files: files in it.
+        workers: processes that trained.
+        shards: processes that held weights and state.
+        steps: steps taken.
+        bits_before: bits per held-out byte with the first weights.
+        bits_after: the same with the last.
+        predicted_bytes: held-out bytes that this was measured on.
+        held_out_files: files that they are from.
+        state_bytes: optimizer state on all shards.
+        adam_bytes: what Adam would hold for the same model.
+        steps_per_s: None for a single step.
+        pushed_bytes: gradients that shards received.
+        pulled_bytes: weights that shards sent.
+    """
+
+    parameter_count: int
+    training_bytes: int
+    training_files: int
+    workers: int
+    shards: int
+    steps: int
+    bits_before: float
+    bits_after: float
+    predicted_bytes: int
+    held_out_files: int
+    state_bytes: int
+    adam_bytes: int
+    steps_per_s: float | None
+    pushed_bytes: int
+    pulled_bytes: int
+
+
+class Line(AbstractContextManager["Line"], Protocol):
+    """Shows where the training stands, from `with` to its end."""
+
+    def show(self, status: Status) -> None:
+        """Shows a newer status; cheap enough for every step."""
+
+
+def live_line(console: Console, steps: int) -> Line:
+    """A bar on a terminal; elsewhere a plain line every few seconds."""
+    return Bar(console, steps) if console.is_terminal else PlainLines(console)
+
+
+class Bar:
+    """One line that redraws itself."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            console=console,
+        )
+        self._task = self._progress.add_task("waiting for the workers", total=steps)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, status: Status) -> None:
+        """Moves the bar."""
+        self._progress.update(self._task, completed=status.step, description=describe(status))
+
+
+class PlainLines:
+    """For files and pipes: the first status, the last, and one every `PLAIN_INTERVAL_S`."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._due_s = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+    def show(self, status: Status) -> None:
+        """Prints a line if it is time for one."""
+        now_s = time.monotonic()
+        if now_s >= self._due_s or status.step == status.steps:
+            self._due_s = now_s + PLAIN_INTERVAL_S
+            self._console.print(f"step {status.step}/{status.steps}  {describe(status)}")
+
+
+def describe(status: Status) -> str:
+    """Loss, rate and state of a status in one line."""
+    rate = "-" if status.steps_per_s is None else f"{status.steps_per_s:.1f}"
+    state = "-" if status.state_bytes is None else size(status.state_bytes)
+    loss = status.loss / math.log(2)
+    return f"loss {loss:.2f} bits/byte · {rate} steps/s · optimizer state {state}"
+
+
+def table(summary: Summary) -> Table:
+    """The numbers that a reader came for, each beside what it is measured against."""
+    rows = Table(title=_title(summary), title_justify="left", show_header=False)
+    rows.add_column("what")
+    rows.add_column("how much", justify="right", style="bold")
+    rows.add_column("beside")
+    for row in _rows(summary):
+        rows.add_row(*row)
+    return rows
+
+
+def _title(summary: Summary) -> str:
+    return (
+        f"A Transformer of {summary.parameter_count:,} parameters, {_count(summary.steps, 'step')} "
+        f"by {_count(summary.workers, 'worker')} through {_count(summary.shards, 'shard')}"
+    )
+
+
+def _rows(summary: Summary) -> list[tuple[str, str, str]]:
+    held_out = f"{summary.predicted_bytes:,} bytes of {_count(summary.held_out_files, 'file')}"
+    trained = f"{size(summary.training_bytes)} of {_count(summary.training_files, 'file')}"
+    rate = "-" if summary.steps_per_s is None else f"{summary.steps_per_s:.1f} steps/s"
+    pushes = summary.steps * summary.workers
+    return [
+        ("held-out text, before", f"{summary.bits_before:.2f} bits/byte", held_out),
+        ("held-out text, after", f"{summary.bits_after:.2f} bits/byte", f"trained on {trained}"),
+        ("optimizer state", size(summary.state_bytes), _beside_adam(summary)),
+        ("speed", rate, ""),
+        ("gradients pushed", size(summary.pushed_bytes), _each(summary.pushed_bytes, pushes)),
+        ("weights pulled", size(summary.pulled_bytes), _each(summary.pulled_bytes, pushes)),
+    ]
+
+
+def _beside_adam(summary: Summary) -> str:
+    if not summary.state_bytes:
+        return f"Adam would hold {size(summary.adam_bytes)}"
+    times = summary.adam_bytes / summary.state_bytes
+    return f"Adam would hold {size(summary.adam_bytes)}, {times:.0f} times as much"
+
+
+def _each(moved_bytes: int, pushes: int) -> str:
+    return f"{size(round(moved_bytes / pushes))} by each worker in each step"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def failure(error: WorkerFailed) -> Text:
+    """Which worker failed, how, and the last that it wrote."""
+    lines = [f"Worker {error.index} {error.reason}. The last that it wrote:", *error.last_lines]
+    return Text("\n    ".join(lines), style="red")
