@@ -42,7 +42,7 @@ check: setup protos-check ## Format, lint, types, import arrows, stubs, house ru
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-logo
+	$(BIN)/lint-imports --no-logo --no-cache # the cache misses modules that came or went
 	$(BIN)/python -m pytest tests/house
 
 format: setup ## Formats the code, and repairs what the linter can.
@@ -67,4 +67,4 @@ constraints: ## Writes constraints.txt anew, with today's versions.
 	PYTHON=$(PYTHON) TORCH="$(TORCH)" tools/freeze.sh
 
 clean: ## Removes what the targets above have made.
-	rm -rf $(VENV) .venv-protoc .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache protos/node_modules
+	rm -rf $(VENV) .venv-protoc .mypy_cache .ruff_cache .pytest_cache .hypothesis protos/node_modules

@@ -104,7 +104,7 @@ trap take_down EXIT
 
 say "building ($(docker version --format '{{.Server.Version}}'), ${COMPOSE[*]} $("${COMPOSE[@]}" version --short))"
 compose config --quiet
-compose build
+compose build coordinator # the one image
 say "starting"
 compose up -d redis coordinator shard-0 shard-1
 wait_until_ready

@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -127,7 +128,7 @@ def test_a_spike_of_one_step_is_not_thinned_away(spike, max_points):
 def test_thinning_leaves_no_large_gap(count, max_points):
     points = [StepPoint(step=i, time_s=0.0, gradient_norm=float(i % 7)) for i in range(count)]
     kept = numbers(thin(points, max_points))
-    largest = max(later - earlier for earlier, later in zip(kept, kept[1:], strict=False))
+    largest = max(later - earlier for earlier, later in pairwise(kept))
     assert largest <= 2 * -(-count // ((max_points - 1) // 2))
 
 
@@ -269,7 +270,7 @@ def test_a_long_run_is_kept_from_its_first_step_in_bounded_memory():
     assert steps[0] == 1
     assert steps[-limits.RECENT_MAX :] == list(range(count - limits.RECENT_MAX + 1, count + 1))
     older = steps[: -limits.RECENT_MAX]
-    strides = Counter(b - a for a, b in zip(older, older[1:], strict=False))
+    strides = Counter(b - a for a, b in pairwise(older))
     assert len(strides) == 1, "older steps are evenly spaced"
 
 

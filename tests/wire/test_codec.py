@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, get_args
 
@@ -57,6 +58,7 @@ _SCALARS = {
 }
 
 
+@functools.cache
 def instances(descriptor: Descriptor) -> st.SearchStrategy[Any]:
     """Dataclasses whose fields hold anything that the protobuf message can hold."""
     kind = KINDS[descriptor.name]
@@ -121,6 +123,7 @@ def test_enums_have_the_members_and_numbers_of_the_contract():
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))
+@settings(max_examples=25)  # of each kind: well over a thousand in all
 @given(data=st.data())
 def test_a_value_comes_back_from_its_bytes_as_it_was(name: str, data: st.DataObject):
     value = data.draw(instances(DESCRIPTORS[name]))

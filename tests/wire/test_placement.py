@@ -197,6 +197,10 @@ def test_a_difference_is_found_whenever_there_is_one(mine: JobSpec, theirs: JobS
     assert (first_difference(mine, theirs) is None) == same
 
 
+def test_an_optimizer_that_neither_side_knows_is_no_difference():
+    assert first_difference(job(WEIGHT, groups=(Group(),)), job(WEIGHT, groups=(Group(),))) is None
+
+
 CLAMPED = (Group(adafactor=AdafactorLayout(eps_placement=EpsPlacement.CLAMPED)),)
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from numbers import Real
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -327,7 +327,6 @@ class _Range(NamedTuple):
 _NOT_NEGATIVE = _Range(lambda number: 0 <= number < math.inf, "a number, 0 or more")
 _RANGES = {
     "lr": _NOT_NEGATIVE,
-    "eps": _NOT_NEGATIVE,
     "clip_threshold": _Range(lambda number: number > 0, "a number above 0, float('inf') for off"),
     "decay_rate": _Range(lambda number: -math.inf < number <= 0, "a number, 0 or less, as -0.8"),
     "beta1": _Range(lambda number: 0 <= number < 1, "a number from 0 up to, not including, 1"),
@@ -335,10 +334,14 @@ _RANGES = {
 }
 
 
+def _is_number(value: object, allowed: _Range) -> TypeGuard[Real]:
+    """Whether the value is a number in its range; True, "1e-3" and NaN are none."""
+    return not isinstance(value, bool) and isinstance(value, Real) and allowed.holds(float(value))
+
+
 def _number(name: str, value: object) -> float:
-    allowed = _RANGES[name]
-    if isinstance(value, bool) or not isinstance(value, Real) or not allowed.holds(float(value)):
-        raise _meaningless(name, value, allowed.words)
+    if not _is_number(value, _RANGES[name]):
+        raise _meaningless(name, value, _RANGES[name].words)
     return float(value)
 
 
@@ -351,16 +354,20 @@ def _number_or_tensor(name: str, value: object) -> float | Tensor:
     return value
 
 
+def _eps(name: str, value: object) -> tuple[float | None, ...]:
+    """eps1 and eps2, of which either may be left to the semantics."""
+    words = "two numbers, (eps1, eps2), 0 or more"
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise _meaningless(name, value, words)
+    if not all(eps is None or _is_number(eps, _NOT_NEGATIVE) for eps in value):
+        raise _meaningless(name, value, words)
+    return tuple(None if eps is None else float(eps) for eps in value)
+
+
 def _choice(name: str, value: object, choices: Collection[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise _meaningless(name, value, " or ".join(map(repr, choices)))
     return value
-
-
-def _two_numbers(name: str, value: object) -> tuple[float | None, ...]:
-    if not isinstance(value, tuple | list) or len(value) != 2:
-        raise _meaningless(name, value, "two numbers, (eps1, eps2)")
-    return tuple(None if number is None else _number(name, number) for number in value)
 
 
 def _whole_number(name: str, value: object) -> int:
@@ -377,7 +384,7 @@ def _yes_or_no(name: str, value: object) -> bool:
 
 _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "lr": _number_or_tensor,
-    "eps": _two_numbers,
+    "eps": _eps,
     "clip_threshold": _number,
     "decay_rate": _number,
     "beta1": _number,

@@ -239,7 +239,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         worker = self._session.id if self._session else "not yet joined"
         return InvalidGradient(
             f"NaN or Inf in the gradient of {listed}{more} (worker {worker}, step "
-            f"{self.global_step + 1} of job {self._job!r}); nothing was sent, weights are untouched",
+            f"{self.global_step + 1} of job {self._job!r}); nothing was sent, and the weights "
+            "are untouched",
             tensors=listed,
             worker=worker,
             step=self.global_step + 1,

@@ -257,9 +257,7 @@ class Session:
             behind = [index for index in indices if self._versions[index] < step]
             if behind:
                 begin = self._begin(plan.entry, member, step, push, settings, behind)
-                streams.append(
-                    self._threads.submit(self._talk, member, begin, behind, push, reply)
-                )
+                streams.append(self._threads.submit(self._talk, member, begin, behind, push, reply))
         self._join(streams, step)
         with self._changed:
             self._check_generation(plan.entry.generation)
@@ -529,8 +527,9 @@ class Session:
                     )
                     self._upload(member, begin, slices)
         except AdashardError as error:
-            log.warning("job %r: an upload failed, and is repeated when asked: %s", self.job, error)
-            self._uploads.discard(generation)
+            log.debug("job %r: an upload failed, and is repeated when asked: %s", self.job, error)
+        finally:
+            self._uploads.discard(generation)  # asked again, it is sent again
 
     def _upload(self, member: Member, begin: UploadBegin, slices: list[int]) -> None:
         def frames() -> Iterator[bytes]:

@@ -107,9 +107,10 @@ class CoordinatorProcess:
         try:
             self.url = f"http://{settings.host}:{await http.start()}"
             ready(self)
-            ended = asyncio.create_task(stop.wait())
-            await asyncio.wait([ended, service.ended], return_when=asyncio.FIRST_COMPLETED)
-            ended.cancel()
+            stopping = asyncio.ensure_future(stop.wait())
+            ends: list[asyncio.Future[Any]] = [stopping, service.ended]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
             return service.ended.result() if service.ended.done() else ""
         finally:
             for task in tasks:

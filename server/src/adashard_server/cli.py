@@ -41,9 +41,7 @@ Port = Annotated[int, typer.Option(envvar="ADASHARD_PORT", help="gRPC port; 0 fo
 HttpPort = Annotated[
     int, typer.Option(envvar="ADASHARD_HTTP_PORT", help="REST and page; 0 for a free one.")
 ]
-Registry = Annotated[
-    str, typer.Option(envvar="ADASHARD_REGISTRY", help="'memory' or a Redis URL.")
-]
+Registry = Annotated[str, typer.Option(envvar="ADASHARD_REGISTRY", help="'memory' or a Redis URL.")]
 MinShards = Annotated[
     int, typer.Option(envvar="ADASHARD_MIN_SHARDS", min=1, help="Shards the first step needs.")
 ]
@@ -154,17 +152,19 @@ def up(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    cluster = LocalCluster(
-        shards, registry=registry, port=port, http_port=http_port, quiet=False
-    )
+    cluster = LocalCluster(shards, registry=registry, port=port, http_port=http_port, quiet=False)
     with cluster:
         typer.echo(f"adashard is up: {shards} shards; Ctrl-C ends it")
-        typer.echo(f"  workers   address={cluster.address!r}, or ADASHARD_ADDRESS={cluster.address}")
+        typer.echo(
+            f"  workers   address={cluster.address!r}, or ADASHARD_ADDRESS={cluster.address}"
+        )
         typer.echo(f"  page      {cluster.url}")
         while not stop.wait(0.2):
             ended = [one for one in cluster.processes if one.exit_code is not None]
             if ended:
-                typer.echo(f"{ended[0].role} ended by itself (exit code {ended[0].exit_code})", err=True)
+                typer.echo(
+                    f"{ended[0].role} ended by itself (exit code {ended[0].exit_code})", err=True
+                )
                 raise typer.Exit(1)
 
 

@@ -79,8 +79,6 @@ def _advertised(bind: str, advertise: str | None) -> str:
     return platform.node() if bind in _ANY_HOST else bind
 
 
-
-
 def check_device(device: str) -> str:
     """The torch device for `device`; "auto" is the first GPU if there is one.
 

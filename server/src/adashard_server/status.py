@@ -38,7 +38,9 @@ def _get(client: httpx.Client, name: str) -> Any:  # noqa: ANN401 - JSON
 def describe(found: dict[str, Any]) -> str:
     """The same for people."""
     cluster = found["cluster"]
-    lines = [f"adashard {cluster['version']} at {cluster['address']}, registry {cluster['registry']}"]
+    lines = [
+        f"adashard {cluster['version']} at {cluster['address']}, registry {cluster['registry']}"
+    ]
     for shard in found["shards"]:
         lines.append(
             f"  shard {shard['index']}  {shard['address']}  {shard['device']}  {shard['status']}"

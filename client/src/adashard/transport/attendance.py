@@ -103,7 +103,8 @@ class Attendance:
 
     def _attend(self) -> None:
         """One stream, from hello to its end."""
-        self._outbox = outbox = queue.SimpleQueue()
+        outbox: queue.SimpleQueue[FromMember | None] = queue.SimpleQueue()
+        self._outbox = outbox
         self._call = call = self._transport.attend(self._address, self._messages(outbox))
         if self._closed.is_set():
             call.cancel()

@@ -62,11 +62,13 @@ class GrpcTransport:
 
     def push_pull(self, address: str, frames: Iterable[bytes]) -> _GrpcCall[bytes]:
         """Opens a stream to a shard."""
+        invoke: grpc.StreamStreamMultiCallable[bytes, bytes]
         invoke = self._channel(address).stream_stream(_SERVICE + "PushPull")
         return _GrpcCall(cast(_Streaming, invoke(iter(frames))), address, bytes, shard_unreachable)
 
     def upload(self, address: str, frames: Iterable[bytes]) -> UploadReply:
         """Sends whole slices to a shard."""
+        invoke: grpc.StreamUnaryMultiCallable[bytes, shard_pb2.UploadReply]
         invoke = self._channel(address).stream_unary(
             _SERVICE + "Upload", response_deserializer=shard_pb2.UploadReply.FromString
         )
@@ -117,7 +119,8 @@ class _GrpcCall(Generic[T]):
 
 def translate(error: grpc.RpcError, address: str, unreachable: Unreachable) -> AdashardError:
     """The class of the catalogue for what grpc raises."""
-    for key, value in error.trailing_metadata() or ():
+    metadata = cast(Iterable[tuple[str, bytes]], error.trailing_metadata() or ())
+    for key, value in metadata:
         if key == ERROR_KEY:
             info = codec.from_proto(types_pb2.ErrorInfo.FromString(value))
             assert isinstance(info, ErrorInfo)

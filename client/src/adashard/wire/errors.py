@@ -102,9 +102,7 @@ class InvalidSettings(InvalidRequest, ValueError):
 class InvalidFrame(InvalidRequest):
     """A frame that is malformed, truncated or over a limit. Nothing of it was applied."""
 
-    default_remedy = (
-        "Use the client of the same version as the server; report a defect if it is."
-    )
+    default_remedy = "Use the client of the same version as the server; report a defect if it is."
 
 
 class UnsupportedParameter(InvalidRequest):
@@ -114,7 +112,7 @@ class UnsupportedParameter(InvalidRequest):
 
 
 class InvalidGradient(AdashardError):
-    """A gradient that is not finite, sparse, or not of its parameter's shape. Weights are untouched."""
+    """A gradient that is not finite, or sparse. The weights are untouched."""
 
     code = Code.INVALID_ARGUMENT
     http_status = 400
@@ -126,7 +124,9 @@ class UnknownJob(AdashardError):
 
     code = Code.NOT_FOUND
     http_status = 404
-    default_remedy = "GET /api/v1/jobs lists the jobs; a job begins with the first step() of a worker."
+    default_remedy = (
+        "GET /api/v1/jobs lists the jobs; a job begins with the first step() of a worker."
+    )
 
 
 class LeaseExpired(AdashardError):
@@ -217,7 +217,9 @@ class PortInUse(AdashardError):
 
     code = Code.ALREADY_EXISTS
     http_status = 409
-    default_remedy = "Stop the process that listens there, or choose another --port (0 for a free one)."
+    default_remedy = (
+        "Stop the process that listens there, or choose another --port (0 for a free one)."
+    )
 
 
 class StepTimedOut(AdashardError):

@@ -72,7 +72,7 @@ def data_frame(runs: Sequence[Run], parts: Sequence[memoryview]) -> bytes:
     """The frame that carries the elements of `runs`; `parts` are their bytes in order."""
     header = shard_pb2.Header()
     for run in runs:
-        header.runs.add(slice=run.slice, start=run.start, count=run.count, dtype=int(run.dtype))  # type: ignore[arg-type]
+        header.runs.add(slice=run.slice, start=run.start, count=run.count, dtype=int(run.dtype))
     encoded = header.SerializeToString()
     payload_bytes = sum(part.nbytes for part in parts)
     tail = _PAYLOAD_TAG + _varint(payload_bytes)
@@ -122,9 +122,7 @@ def cut_runs(extents: Iterable[Extent]) -> Iterator[tuple[Run, ...]]:
         while start < extent.count:
             count = _fitting(extent, start, room // item, fresh=not runs)
             if count:
-                runs.append(
-                    Run(slice=extent.slice, start=start, count=count, dtype=extent.dtype)
-                )
+                runs.append(Run(slice=extent.slice, start=start, count=count, dtype=extent.dtype))
                 start, room = start + count, room - count * item
             if start < extent.count or len(runs) == RUNS_MAX:
                 yield tuple(runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import cast
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 
 def as_buffer(flat: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied; valid as long as the tensor is."""
-    return memoryview(flat.detach().view(torch.uint8).numpy()).cast("B")
+    return memoryview(cast(bytes, flat.detach().view(torch.uint8).numpy()))
 
 
 def from_buffer(buffer: memoryview, dtype: DType) -> Tensor:

@@ -27,7 +27,7 @@ def check_version(theirs: str, *, whose: str) -> None:
     older = whose if other < mine else "this side"
     raise VersionSkew(
         f"{whose} has adashard {theirs[:40]!r} and this side has {VERSION!r}",
-        remedy=f"One minor version apart works. Upgrade {older}: pip install adashard=={max(theirs, VERSION)[:40]}",
+        remedy=f"Versions up to one minor version apart work together: upgrade {older}.",
         theirs=theirs[:40],
         mine=VERSION,
     )

@@ -1,6 +1,6 @@
-"""The coordinator: contacts, leases and jobs of one cluster. Pure: messages and a clock in,
-instructions out.
+"""The coordinator: contacts, leases and jobs of one cluster. Pure.
 
+Messages and a clock come in, instructions go out:
 `rpc/coordinator_service.py` feeds it from control streams and carries out what it says; REST and
 metrics read its `ClusterView`. Everything is called in one thread.
 """
@@ -161,9 +161,7 @@ class Coordinator:
         self.leases.broken(member, now)
         return []
 
-    def swapped(
-        self, job: str, done: bool, stored: Entry | None, now: float
-    ) -> list[Instruction]:
+    def swapped(self, job: str, done: bool, stored: Entry | None, now: float) -> list[Instruction]:
         """The registry has answered the last `Swap` of a job."""
         return self.jobs[job].swapped(done, stored, now)
 
@@ -257,4 +255,3 @@ def refusal(hello: Hello, error: AdashardError) -> Bye:
     """What a member is told whose hello was refused."""
     job = hello.worker.job if hello.worker else ""
     return Bye(job=job, generation=2**31 - 1, error=error.info())
-

@@ -157,7 +157,11 @@ class Membership:
             self._wanted = True
         if standing.generation > self.entry.generation and self.phase is not Phase.SWAPPING:
             return [StepDown(f"a member has promised generation {standing.generation}")]
-        if member not in self.worker_ids() and standing.generation > 0 and not self._is_shard(member):
+        if (
+            member not in self.worker_ids()
+            and standing.generation > 0
+            and not self._is_shard(member)
+        ):
             error = LeaseExpired(f"worker {member} is no longer part of job {self.entry.job!r}")
             return self._bye(member, error)
         return []
@@ -254,7 +258,9 @@ class Membership:
         if lineage is not None:
             return ""
         if len(around.shards) < around.min_shards:
-            return f"the first step needs {around.min_shards} shards; {len(around.shards)} are there"
+            return (
+                f"the first step needs {around.min_shards} shards; {len(around.shards)} are there"
+            )
         live = sum(not worker.leaving for worker in self._live_workers(around))
         if live < spec.min_workers:
             return f"the first step needs {spec.min_workers} workers; {live} are there"
@@ -320,7 +326,7 @@ class Membership:
         return self._unanswered()
 
     def _lost_slice(self, lost: Lost) -> list[Instruction]:
-        """State is gone (C5). A lineage that was never opened is chosen anew; else the job stops."""
+        """State is gone (C5): a lineage that was never opened is chosen anew; else the job stops."""
         if not self.entry.opened:
             fresh = {member for member, answer in self._answers.items() if answer.fresh}
             self.entry = replace(self.entry, lineage=None)
@@ -400,4 +406,3 @@ class Membership:
         notice = Notice(job=self.entry.job, text=blocked)
         told: list[Instruction] = [Tell(worker, notice) for worker in sorted(self.worker_ids())]
         return [Announce(self.entry.job, "waiting", blocked), *told]
-

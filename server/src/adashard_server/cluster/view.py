@@ -89,9 +89,7 @@ class CoordinatorView:
     def events(self, after: int = 0, job: str | None = None) -> list[Event]:
         """Events with a sequence number above `after`, oldest first."""
         return [
-            event
-            for event in self._events
-            if event.sequence > after and job in (None, event.job)
+            event for event in self._events if event.sequence > after and job in (None, event.job)
         ]
 
     def _shard(self, member: str, contact: Contact) -> ShardStatistics:

@@ -11,8 +11,9 @@ it. The workers are what a user's script would be: they know the client's public
 | `progress.py` | what a worker tells, a line of JSON at a time |
 | `processes.py` | workers as processes: start, listen, stop |
 | `figures.py` | what REST says about the job |
+| `story.py` | what the workers have told, put together |
 | `report.py` | what the terminal shows: a live line, and a table at the end |
 | `run.py` | all of it together |
 
-May import: adashard's public names, `cluster_local`, torch, httpx and rich; no other room.
+May import: adashard's public names and errors, `cluster_local`, torch, httpx and rich.
 """

@@ -60,7 +60,8 @@ def read_corpus(root: Path | None = None) -> Corpus:
         FileNotFoundError: one side has no text, as where the library is packed in an archive.
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    training, held_out = [], []
+    training: list[bytes] = []
+    held_out: list[bytes] = []
     for path in _sources(root):
         (held_out if is_held_out(path) else training).append((root / path).read_bytes())
     if not (any(training) and any(held_out)):

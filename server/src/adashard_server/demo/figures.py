@@ -9,6 +9,8 @@ from typing import Any, Self
 
 import httpx
 
+from adashard.wire.errors import CannotReachServer
+
 INTERVAL_S = 1.0
 TIMEOUT_S = 5.0
 SETTLE_S = 5.0
@@ -43,7 +45,7 @@ class FiguresReader:
     """
 
     def __init__(self, url: str, job: str, *, transport: httpx.BaseTransport | None = None) -> None:
-        self._path = f"/api/v1/jobs/{job}"
+        self._job = job
         # No proxy of the environment stands between two processes of one machine.
         self._http = httpx.Client(
             base_url=url, timeout=TIMEOUT_S, trust_env=False, transport=transport
@@ -71,14 +73,23 @@ class FiguresReader:
             self._read()
         return self._newest
 
-    def after(self, step: int) -> Figures | None:
-        """The figures once `step` is counted; what there is if that takes more than `SETTLE_S`."""
+    def after(self, step: int) -> Figures:
+        """The figures with `step` in them; what there is if that takes more than `SETTLE_S`.
+
+        Raises:
+            CannotReachServer: nothing was heard of the job at all.
+        """
         end_s = time.monotonic() + SETTLE_S
         self._read()
-        while step not in self._moved and time.monotonic() < end_s:
+        while not self._complete(step) and time.monotonic() < end_s:
             time.sleep(_SETTLE_TICK_S)
             self._read()
+        if self._newest is None:
+            raise CannotReachServer(f"no figures of job {self._job!r} at {self._http.base_url}")
         return self._newest
+
+    def _complete(self, step: int) -> bool:
+        return self._newest is not None and self._newest.state_bytes > 0 and step in self._moved
 
     def _read(self) -> None:
         """Reads what is new; an answer that does not come leaves what was known."""
@@ -98,6 +109,6 @@ class FiguresReader:
         )
 
     def _get(self, path: str, query: dict[str, int] | None = None) -> Any:  # noqa: ANN401 - JSON
-        answer = self._http.get(self._path + path, params=query)
+        answer = self._http.get(f"/api/v1/jobs/{self._job}{path}", params=query)
         answer.raise_for_status()
         return answer.json()

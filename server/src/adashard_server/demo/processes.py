@@ -60,7 +60,7 @@ class Worker:
         self.output = self._process.stdout
 
     def read(self) -> list[Progress] | None:
-        """What the worker has told since the last call; blocks for the first byte; None at its end."""
+        """What the worker has told since the last call; None at its end; blocks for a byte."""
         data = os.read(self.output.fileno(), _READ_BYTES)
         if not data:
             return None

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
+from rich.box import HORIZONTALS
 from rich.console import Console
-from rich.filesize import decimal as size
+from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -57,6 +58,7 @@ class Summary:
         state_bytes: optimizer state on all shards.
         adam_bytes: what Adam would hold for the same model.
         steps_per_s: None for a single step.
+        training_s: seconds from the first worker's first batch to its last weights.
         pushed_bytes: gradients that shards received.
         pulled_bytes: weights that shards sent.
     """
@@ -74,6 +76,7 @@ class Summary:
     state_bytes: int
     adam_bytes: int
     steps_per_s: float | None
+    training_s: float
     pushed_bytes: int
     pulled_bytes: int
 
@@ -125,6 +128,7 @@ class PlainLines:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._due_s = 0.0
+        self._shown = 0
 
     def __enter__(self) -> Self:
         return self
@@ -138,24 +142,24 @@ class PlainLines:
         pass
 
     def show(self, status: Status) -> None:
-        """Prints a line if it is time for one."""
+        """Prints a line if the step is a new one, and it is time for a line or the last step."""
         now_s = time.monotonic()
-        if now_s >= self._due_s or status.step == status.steps:
-            self._due_s = now_s + PLAIN_INTERVAL_S
+        if status.step > self._shown and (now_s >= self._due_s or status.step == status.steps):
+            self._shown, self._due_s = status.step, now_s + PLAIN_INTERVAL_S
             self._console.print(f"step {status.step}/{status.steps}  {describe(status)}")
 
 
 def describe(status: Status) -> str:
     """Loss, rate and state of a status in one line."""
     rate = "-" if status.steps_per_s is None else f"{status.steps_per_s:.1f}"
-    state = "-" if status.state_bytes is None else size(status.state_bytes)
+    state = "-" if status.state_bytes is None else decimal(status.state_bytes)
     loss = status.loss / math.log(2)
     return f"loss {loss:.2f} bits/byte · {rate} steps/s · optimizer state {state}"
 
 
 def table(summary: Summary) -> Table:
     """The numbers that a reader came for, each beside what it is measured against."""
-    rows = Table(title=_title(summary), title_justify="left", show_header=False)
+    rows = Table(title=_title(summary), title_justify="left", show_header=False, box=HORIZONTALS)
     rows.add_column("what")
     rows.add_column("how much", justify="right", style="bold")
     rows.add_column("beside")
@@ -173,28 +177,28 @@ def _title(summary: Summary) -> str:
 
 def _rows(summary: Summary) -> list[tuple[str, str, str]]:
     held_out = f"{summary.predicted_bytes:,} bytes of {_count(summary.held_out_files, 'file')}"
-    trained = f"{size(summary.training_bytes)} of {_count(summary.training_files, 'file')}"
+    trained = f"{decimal(summary.training_bytes)} of {_count(summary.training_files, 'other file')}"
     rate = "-" if summary.steps_per_s is None else f"{summary.steps_per_s:.1f} steps/s"
     pushes = summary.steps * summary.workers
     return [
-        ("held-out text, before", f"{summary.bits_before:.2f} bits/byte", held_out),
-        ("held-out text, after", f"{summary.bits_after:.2f} bits/byte", f"trained on {trained}"),
-        ("optimizer state", size(summary.state_bytes), _beside_adam(summary)),
-        ("speed", rate, ""),
-        ("gradients pushed", size(summary.pushed_bytes), _each(summary.pushed_bytes, pushes)),
-        ("weights pulled", size(summary.pulled_bytes), _each(summary.pulled_bytes, pushes)),
+        ("held-out, before", f"{summary.bits_before:.2f} bits/byte", held_out),
+        ("held-out, after", f"{summary.bits_after:.2f} bits/byte", f"trained on {trained}"),
+        ("optimizer state", decimal(summary.state_bytes), _beside_adam(summary)),
+        ("speed", rate, f"training took {summary.training_s:.0f} s"),
+        ("pushed", decimal(summary.pushed_bytes), _each("gradients", summary.pushed_bytes, pushes)),
+        ("pulled", decimal(summary.pulled_bytes), _each("weights", summary.pulled_bytes, pushes)),
     ]
 
 
 def _beside_adam(summary: Summary) -> str:
+    adam = f"Adam would hold {decimal(summary.adam_bytes)}"
     if not summary.state_bytes:
-        return f"Adam would hold {size(summary.adam_bytes)}"
-    times = summary.adam_bytes / summary.state_bytes
-    return f"Adam would hold {size(summary.adam_bytes)}, {times:.0f} times as much"
+        return adam
+    return f"{adam}, {summary.adam_bytes / summary.state_bytes:.0f} times as much"
 
 
-def _each(moved_bytes: int, pushes: int) -> str:
-    return f"{size(round(moved_bytes / pushes))} by each worker in each step"
+def _each(what: str, moved_bytes: int, pushes: int) -> str:
+    return f"{what}, {decimal(round(moved_bytes / pushes))} for each worker and step"
 
 
 def _count(number: int, noun: str) -> str:

@@ -80,7 +80,7 @@ class CoordinatorService(CoordinatorServiceServicer):
         for outbox in self._outboxes.values():
             _put(outbox, None)
 
-    async def Attend(  # noqa: N802 - the contract's name
+    async def Attend(
         self,
         request_iterator: AsyncIterator[AttendRequest],
         context: aio.ServicerContext[AttendRequest, AttendResponse],

@@ -50,7 +50,7 @@ class GrpcExchange:
 
     def _answered(
         self,
-        call: grpc.CallFuture[peer_pb2.ExchangeResponse],
+        call: grpc.Future[peer_pb2.ExchangeResponse],
         peer: Member,
         deliver: Callable[[Report], None],
     ) -> None:

@@ -7,7 +7,7 @@ import grpc
 from adashard.wire import codec
 from adashard.wire.v1 import peer_pb2
 from adashard.wire.v1.peer_pb2_grpc import PeerServiceServicer
-from adashard_server.rpc.interceptors import answering
+from adashard_server.rpc.interceptors import Answering
 from adashard_server.shard.shard import Shard
 
 
@@ -17,11 +17,11 @@ class PeerService(PeerServiceServicer):
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
 
-    def Exchange(  # noqa: N802 - the contract's name
+    def Exchange(
         self, request: peer_pb2.ExchangeRequest, context: grpc.ServicerContext
     ) -> peer_pb2.ExchangeResponse:
         """See protos/adashard/wire/v1/peer.proto."""
-        with answering(context, "Exchange"):
+        with Answering(context, "Exchange"):
             response = self._shard.exchange(codec.from_proto(request))
             packed: peer_pb2.ExchangeResponse = codec.to_proto(response)
             return packed

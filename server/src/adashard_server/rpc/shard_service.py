@@ -12,7 +12,7 @@ from adashard.wire import codec
 from adashard.wire.errors import InvalidFrame, Overloaded
 from adashard.wire.frames import Frame, leading_frame, read_frame
 from adashard.wire.messages import Begin, UploadBegin, UploadReply
-from adashard_server.rpc.interceptors import answering
+from adashard_server.rpc.interceptors import Answering
 from adashard_server.shard.engine import Engine
 from adashard_server.shard.shard import Shard
 
@@ -45,7 +45,7 @@ class ShardService:
         self, requests: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[bytes]:
         """One step of one worker: gradient in, record and weights out."""
-        with answering(context, "PushPull"), self._place():
+        with Answering(context, "PushPull"), self._place():
             begin = _leading(requests, Begin)
             engine = self._shard.begin(begin)
             yield leading_frame(engine.begin(begin))
@@ -57,10 +57,10 @@ class ShardService:
 
     def upload(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         """Whole slices for a plan."""
-        with answering(context, "Upload"), self._place():
+        with Answering(context, "Upload"), self._place():
             begin = _leading(requests, UploadBegin)
             engine = self._shard.upload(begin)
-            upload = engine.upload(begin)
+            upload = engine.upload(begin, context.is_active)
             done = False
             for data in requests:
                 for run, buffer in _data(data).pieces():

@@ -31,7 +31,6 @@ from adashard.wire.messages import (
     ExchangeResponse,
     Frozen,
     Holding,
-    Member,
     Plan,
     Record,
     Report,
@@ -107,6 +106,7 @@ class Engine:
         """
         with self._turn:
             self._rounds.plan(plan)
+            self._turn.notify_all()
         self._settle_all()
         with self._turn:
             return self._rounds.planned
@@ -123,13 +123,19 @@ class Engine:
             self._turn.notify_all()
         self._carry_out(instructions)
 
-    def upload(self, begin: UploadBegin) -> _Upload:
+    def upload(self, begin: UploadBegin, alive: Alive) -> _Upload:
         """Begins to take whole slices from the source that the plan names.
+
+        The source may have its plan before this shard has: what came before the plan would be
+        dropped with the copies of other lineages, so it waits.
 
         Raises:
             StaleGeneration: another generation is promised, or it is open already.
         """
         with self._turn:
+            while not self._rounds.has_plan(begin.generation):
+                self._check_upload(begin)
+                self._wait(alive)
             self._check_upload(begin)
             return _Upload(came={})
 
@@ -226,8 +232,7 @@ class Engine:
         """
         unchanged, wanted = self._wanted(begin)
         if unchanged:
-            runs = [Run(slice=index, start=0, count=0, dtype=DType.FLOAT32) for index in unchanged]
-            yield data_frame(runs, [])
+            yield data_frame([_whole_already(index) for index in unchanged], [])
         for runs in cut_runs(self._extents(begin, wanted, alive)):
             frame = data_frame(runs, [self._elements(run) for run in runs])
             with self._turn:
@@ -312,9 +317,7 @@ class Engine:
         assert entry is not None
         members = {member.id: member for member in entry.shards}
         for peer in send.peers:
-            request = ExchangeRequest(
-                receiver=peer, report=send.report, wanted=peer in send.wanted
-            )
+            request = ExchangeRequest(receiver=peer, report=send.report, wanted=peer in send.wanted)
             self._exchange.send(members[peer], request, self._deliver_quietly)
 
     def _deliver(self, report: Report) -> None:
@@ -426,6 +429,11 @@ class Engine:
             assert entry is not None
             self._store = SliceStore(entry.spec, self._rounds.slices, self._device)
         return self._store
+
+
+def _whole_already(index: int) -> Run:
+    """Says of a slice that the worker has it at this version, bit for bit."""
+    return Run(slice=index, start=0, count=0, dtype=DType.FLOAT32)
 
 
 def _rounded(weight: Tensor, dtype: DType) -> Tensor:

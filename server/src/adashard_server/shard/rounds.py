@@ -167,6 +167,10 @@ class Rounds:
         """A whole slice has come from the source that the plan names."""
         self.versions[index] = version
 
+    def has_plan(self, generation: int) -> bool:
+        """Whether the plan of `generation` has come."""
+        return self._plan is not None and self._plan.entry.generation == generation
+
     @property
     def planned(self) -> bool:
         """Whether every slice placed here is at the version that the plan begins with."""

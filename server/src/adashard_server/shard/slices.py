@@ -5,6 +5,8 @@ Storage only: which of it is current is decided in `rounds.py`, when it changes 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from adashard.wire.placement import Slice
 from adashard_server.optim import adafactor
 from adashard_server.optim.factored import Axes, factored_axes
 
-_DECAY_MODES: dict[WeightDecayMode, adafactor.WeightDecayMode] = {
+_DECAY_MODES: dict[WeightDecayMode, Literal["alpha", "lr", "plain"]] = {
     WeightDecayMode.ALPHA: "alpha",
     WeightDecayMode.LR: "lr",
     WeightDecayMode.PLAIN: "plain",
@@ -49,7 +51,10 @@ class SliceStore:
         weight = torch.zeros(piece.shape, dtype=torch.float32, device=self.device)
         self._weights[index] = weight
         self._states[index] = adafactor.new_state(
-            piece.shape, self._axes(index), momentum=self._layout(index).momentum, device=self.device
+            piece.shape,
+            self._axes(index),
+            momentum=self._layout(index).momentum,
+            device=self.device,
         )
         return weight.view(-1)
 
@@ -57,7 +62,7 @@ class SliceStore:
         """Drops every slice that is not in `indices`."""
         for held in (self._weights, self._states, self._sums):
             for index in set(held) - indices:
-                del held[index]  # type: ignore[attr-defined]
+                del held[index]
 
     def weight(self, index: int) -> Tensor:
         """The flat float32 master weights of a slice; a view."""
