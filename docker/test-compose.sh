@@ -24,10 +24,18 @@ find_tools() {
 
 compose() { "${COMPOSE[@]}" --project-name "$PROJECT" "$@"; }
 
+explain() {
+  local container
+  compose --profile demo logs --tail=40 2>&1
+  for container in $(compose ps -a -q); do
+    docker inspect --format '{{.Name}}: {{json .State.Health}}' "$container"
+  done
+}
+
 take_down() {
   local outcome=$?
   trap - EXIT
-  if ((outcome)); then compose --profile demo logs --tail=40 2>&1 || true; fi
+  if ((outcome)); then explain || true; fi
   compose --profile demo down --volumes --timeout 40 >/dev/null 2>&1 || true
   ((outcome)) && echo "test-compose: FAILED" >&2
   exit "$outcome"
@@ -63,7 +71,7 @@ train() {
   compose --profile demo up -d worker-0 worker-1
   local worker container code
   for worker in worker-0 worker-1; do
-    container=$(compose --profile demo ps -q "$worker")
+    container=$(compose --profile demo ps -a -q "$worker")
     code=$(timeout "$WAIT_S" docker wait "$container") || fail "$worker did not end in $WAIT_S s"
     [[ $code == 0 ]] || fail "$worker ended with $code"
   done
@@ -85,7 +93,7 @@ read_answers() {
 stop_cleanly() {
   local services=(shard-0 shard-1 coordinator) service container code
   local -A containers
-  for service in "${services[@]}"; do containers[$service]=$(compose ps -q "$service"); done
+  for service in "${services[@]}"; do containers[$service]=$(compose ps -a -q "$service"); done
   compose stop "${services[@]}"
   for service in "${services[@]}"; do
     container=${containers[$service]}

@@ -14,6 +14,10 @@ pip install --quiet -e client -e server -r requirements-dev.txt
 {
   sed '/^[^#]/,$d' constraints.txt
   # A local version label (+cpu) names a build of one index, not a version.
-  pip freeze --all --exclude-editable | grep -vE '^(pip|wheel)==' | sed 's/+.*//' | LC_ALL=C sort -f
+  {
+    pip freeze --all --exclude-editable | grep -vE '^(pip|wheel|async-timeout)==' | sed 's/+.*//'
+    # What redis needs before Python 3.11.3, which is mostly not the Python at hand.
+    echo "async-timeout==5.0.1"
+  } | LC_ALL=C sort -f
 } >"$venv/constraints.txt"
 cp "$venv/constraints.txt" constraints.txt

@@ -21,6 +21,7 @@ def windows():
     return torch.randint(256, (7, TINY.context + 1), generator=torch.Generator().manual_seed(1))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("position", range(TINY.context))
 def test_a_byte_changes_the_logits_at_its_place_and_none_before(model, windows, position):
     text = windows[:, :-1]
@@ -31,6 +32,7 @@ def test_a_byte_changes_the_logits_at_its_place_and_none_before(model, windows, 
     assert float(changed[position]) > 1e-3
 
 
+@torch.no_grad()
 def test_every_byte_is_looked_back_on_from_the_end_of_the_context(model, windows):
     last = model(windows[:, :-1])[:, -1]
     for position in range(TINY.context - 1):
@@ -39,6 +41,7 @@ def test_every_byte_is_looked_back_on_from_the_end_of_the_context(model, windows
         assert not torch.allclose(model(other)[:, -1], last)
 
 
+@torch.no_grad()
 @given(shift=st.integers(0, 20), query=st.integers(0, 9), key=st.integers(0, 9))
 def test_a_score_sees_how_far_apart_two_bytes_are_and_not_where(shift, query, key):
     rotation = Rotation(8, context=30)
@@ -70,5 +73,5 @@ def test_a_model_that_has_learnt_nothing_does_about_as_well_as_guessing():
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7, 100])
 def test_bits_per_byte_do_not_depend_on_how_the_windows_are_batched(model, windows, batch):
-    bits = float(model.loss(windows)) / math.log(2)
+    bits = model.loss(windows).item() / math.log(2)
     assert model.bits_per_byte(windows, batch=batch) == pytest.approx(bits, rel=1e-5)

@@ -79,5 +79,5 @@ def test_progress_survives_its_line(progress):
     "line", ["", "Hello", "7", "{}", '{"kind": "Stepped"}', '{"kind": "Sung", "step": 1}']
 )
 def test_a_line_that_no_worker_wrote_is_refused(line):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="progress"):
         from_line(line)

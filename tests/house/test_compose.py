@@ -65,6 +65,15 @@ def test_the_image_has_the_version_of_the_distributions(
     assert services["coordinator"]["image"] == f"adashard:{version[1]}"
 
 
+def test_every_setting_of_the_stack_is_read_by_the_server(
+    services: dict[str, dict], packages: dict[str, Path]
+) -> None:
+    given = {name for service in services.values() for name in service.get("environment", {})}
+    command_line = (packages["adashard_server"] / "cli.py").read_text()
+    assert given
+    assert {name for name in given if f'"{name}"' not in command_line} == set()
+
+
 def test_the_example_of_settings_holds_the_defaults_of_the_stack(root: Path) -> None:
     text = "\n".join(
         line for line in (root / "docker-compose.yml").read_text().splitlines() if "#" not in line

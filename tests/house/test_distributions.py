@@ -76,28 +76,31 @@ def test_every_pin_is_in_the_range_that_the_distributions_ask_for(
             assert requirement.specifier.contains(pin.version), str(requirement)
 
 
-@pytest.fixture(scope="module")
-def loaded() -> dict[str, set[str]]:
-    """All modules that are in memory once the mathematics, and then the client, are imported."""
+def test_the_command_starts_without_torch() -> None:
+    """Healthchecks run it every few seconds, and torch alone takes seconds to load."""
+    (loaded,) = _modules_after("adashard_server.cli")
+    assert "typer" in loaded
+    assert loaded.isdisjoint({"grpc", "numpy", "torch"})
+
+
+def test_rooms_load_nothing_that_only_others_need() -> None:
+    mathematics, client = _modules_after("adashard_server.optim.adafactor", "adashard.algorithms")
+    assert "torch" in mathematics
+    assert mathematics.isdisjoint({"fastapi", "google.protobuf", "grpc", "redis"})
+    assert client.isdisjoint({"fastapi", "msgpack", "pydantic", "redis", "uvicorn"})
+
+
+def _modules_after(*imports: str) -> list[set[str]]:
+    """The modules in the memory of a new process after each of these imports."""
     script = """if True:
-        import json, sys
-        import adashard_server.optim
-        optim = list(sys.modules)
-        import adashard
-        print(json.dumps({"optim": optim, "adashard": list(sys.modules)}))
+        import importlib, json, sys
+        for name in sys.argv[1:]:
+            importlib.import_module(name)
+            print(json.dumps(list(sys.modules)))
     """
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, "-c", script, *imports]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return {room: set(names) for room, names in json.loads(done.stdout).items()}
-
-
-def test_the_mathematics_loads_neither_network_nor_contract(loaded: dict[str, set[str]]) -> None:
-    assert loaded["optim"].isdisjoint({"adashard", "fastapi", "google.protobuf", "grpc", "redis"})
-
-
-def test_a_worker_loads_nothing_that_only_servers_need(loaded: dict[str, set[str]]) -> None:
-    assert "torch" in loaded["adashard"]
-    assert loaded["adashard"].isdisjoint({"fastapi", "msgpack", "pydantic", "redis", "uvicorn"})
+    return [set(json.loads(line)) for line in done.stdout.splitlines()]
 
 
 def _project(folder: Path) -> dict[str, object]:

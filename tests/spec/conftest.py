@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import httpx
 import pytest
 import torch
 from torch import Tensor
@@ -30,10 +31,15 @@ class Bench:
         return adashard.Adafactor(params, **options)
 
     def get(self, path: str):
-        import httpx
+        return httpx.get(f"{self.cluster.url}{path}", trust_env=False).json()
 
-        answer = httpx.get(f"{self.cluster.url}{path}", trust_env=False)
-        return answer.json()
+    def workers(self) -> list[dict]:
+        return self.get(f"/api/v1/workers?job={self.job}")["items"]
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Asks again until the condition holds; the test's own timeout is the limit."""
+        while not condition():
+            pass
 
 
 class Clusters:
@@ -45,7 +51,7 @@ class Clusters:
 
     def get(self, kind: str, shards: int) -> LocalCluster:
         if (kind, shards) not in self._running:
-            cluster = LocalCluster(shards, in_process=kind == "in process")
+            cluster = LocalCluster(shards, in_process=kind == "threads")
             self._running[kind, shards] = self._stack.enter_context(cluster)
         return self._running[kind, shards]
 
@@ -61,7 +67,7 @@ def clusters() -> Iterator[Clusters]:
     running.close()
 
 
-@pytest.fixture(params=["in process", "processes"])
+@pytest.fixture(params=["threads", "processes"])
 def kind(request) -> str:
     """Where the cluster runs: threads of this process, or processes."""
     return request.param

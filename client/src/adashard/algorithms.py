@@ -167,8 +167,7 @@ class Adafactor(RemoteOptimizer):
 
     def _resolve_group(self, group: dict[str, Any]) -> None:
         """Puts settings in the place of the group's knobs."""
-        knobs = {**self.defaults, **group}
-        group.update(resolve(knobs, knobs["semantics"]), semantics=knobs["semantics"])
+        group.update(resolve(group, group["semantics"]))
 
     def _layout(self, group: dict[str, Any]) -> Group:
         """What of the group's settings is fixed once the job knows it."""

@@ -19,7 +19,12 @@ from torch import Tensor
 from adashard.session import Push, Session
 from adashard.transport.grpc import GrpcTransport
 from adashard.wire import messages
-from adashard.wire.errors import InvalidGradient, InvalidSettings, UnsupportedParameter
+from adashard.wire.errors import (
+    AdashardError,
+    InvalidGradient,
+    InvalidSettings,
+    UnsupportedParameter,
+)
 from adashard.wire.messages import GroupStep, JobSpec, OnExisting, Parameter
 from adashard.wire.placement import DEFAULT_SLICE_BYTES, validate_spec
 from adashard.wire.tensors import wire_dtype
@@ -94,6 +99,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         parameters = self._parameters()
         gradients = self._gradients(parameters)
         session = self._joined(parameters)
+        self._check_layouts(session.spec)
         try:
             if not session.step(Push(gradients=gradients, settings=self._settings)):
                 log.info(
@@ -163,9 +169,13 @@ class RemoteOptimizer(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for parameter in group["params"]:
-            _check_parameter(parameter)
-        self._resolve_group(group)
+        try:
+            for parameter in group["params"]:
+                _check_parameter(parameter)
+            self._resolve_group(group)
+        except AdashardError:
+            self.param_groups.pop()
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the session: a copy joins by itself, under an identity of its own."""
@@ -262,6 +272,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
             # A script that ends, or forgets the optimizer, must not leave the others waiting.
             weakref.finalize(self, self._session.abandon)
         return self._session
+
+    def _check_layouts(self, spec: JobSpec) -> None:
+        """Refuses what a scheduler or a user has changed and no shard could follow."""
+        for number, (group, fixed) in enumerate(zip(self.param_groups, spec.groups, strict=True)):
+            if self._layout(group) != fixed:
+                raise InvalidSettings(
+                    f"group {number} was registered as {fixed} and is {self._layout(group)} now: "
+                    "what its state consists of is fixed for the job's life",
+                    remedy="Set it back, or begin another job=.",
+                )
 
     def _settings(self, step_counts: tuple[int, ...]) -> tuple[GroupStep, ...]:
         """The settings of every group for a step after which counts may have grown by one."""

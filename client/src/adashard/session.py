@@ -262,7 +262,8 @@ class Session:
         with self._changed:
             self._check_generation(plan.entry.generation)
             self._version, self._fresh = step, False
-            self._record = reply.record
+            # Where all replies of the step had come before its generation ended, the plan has it.
+            self._record = reply.record or (plan.record if plan.base == step else None)
         self._renew_now_and_then()
 
     def _join(self, streams: list[Future[None]], step: int) -> None:

@@ -149,8 +149,8 @@ class _Announcer:
 
     async def run(self) -> None:
         """Writes events until cancelled."""
-        for event in await asyncio.to_thread(self._registry.events):
-            self._remember(event)
+        for stored in await asyncio.to_thread(self._registry.events):
+            self._remember(stored)
         while True:
             event = await self._queue.get()
             now = time.time()

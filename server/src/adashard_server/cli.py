@@ -170,16 +170,15 @@ def up(
 
 @app.command()
 def demo(
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps to train.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to train.")] = 600,
     workers: Annotated[int, typer.Option(min=1, max=8, help="Worker processes.")] = 2,
     shards: Annotated[int, typer.Option(min=1, max=8, help="Shard processes.")] = 2,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
 ) -> None:
     """Train a small language model on Python's own sources, through a cluster on this machine."""
-    from adashard_server.demo.run import DEFAULT_STEPS, run_demo
+    from adashard_server.demo.run import run_demo
 
-    code = run_demo(steps=steps or DEFAULT_STEPS, workers=workers, shards=shards, seed=seed)
-    raise typer.Exit(code)
+    raise typer.Exit(run_demo(steps=steps, workers=workers, shards=shards, seed=seed))
 
 
 @app.command()

@@ -19,6 +19,7 @@ from adashard_server.demo.progress import Progress, from_line
 
 TICK_S = 0.25
 SILENCE_MAX_S = 120.0
+END_S = 30.0
 STOP_S = 3.0
 LAST_LINES = 12
 _READ_BYTES = 65536
@@ -58,6 +59,7 @@ class Worker:
         )
         assert self._process.stdout is not None
         self.output = self._process.stdout
+        self.pid = self._process.pid
 
     def read(self) -> list[Progress] | None:
         """What the worker has told since the last call; None at its end; blocks for a byte."""
@@ -72,18 +74,21 @@ class Worker:
         """Waits for the end of a worker that has said its last word.
 
         Raises:
-            WorkerFailed: the exit code is not 0.
+            WorkerFailed: the exit code is not 0, or there is none after `END_S`.
         """
-        code = self._process.wait(STOP_S)
+        try:
+            code = self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            raise self._failed(f"had no more to say and did not end in {END_S:.0f} s") from None
         if code != 0:
-            how = f"exited with code {code}" if code > 0 else f"was ended by signal {-code}"
-            raise WorkerFailed(self.index, how, self._last_lines())
+            raise self._failed(
+                f"exited with code {code}" if code > 0 else f"was ended by signal {-code}"
+            )
 
     def check_silence(self, now_s: float) -> None:
         """Raises WorkerFailed for one that has not said a word for too long."""
         if now_s - self.heard_s > SILENCE_MAX_S:
-            how = f"did not say a word for {SILENCE_MAX_S:.0f} s"
-            raise WorkerFailed(self.index, how, self._last_lines())
+            raise self._failed(f"did not say a word for {SILENCE_MAX_S:.0f} s")
 
     def terminate(self) -> None:
         """Asks it to end; without effect if it has."""
@@ -99,9 +104,10 @@ class Worker:
         self.output.close()
         self._errors.close()
 
-    def _last_lines(self) -> list[str]:
+    def _failed(self, reason: str) -> WorkerFailed:
         self._errors.seek(0)
-        return self._errors.read().decode(errors="replace").splitlines()[-LAST_LINES:]
+        lines = self._errors.read().decode(errors="replace").splitlines()
+        return WorkerFailed(self.index, reason, lines[-LAST_LINES:])
 
 
 class Crew:
@@ -109,18 +115,21 @@ class Crew:
 
     Args:
         commands: the command line of each.
+
+    Attributes:
+        workers: those that were started, in order of their numbers.
     """
 
     def __init__(self, commands: Sequence[Sequence[str]]) -> None:
         self._commands = commands
-        self._workers: list[Worker] = []
+        self.workers: list[Worker] = []
         self._selector = selectors.DefaultSelector()
 
     def __enter__(self) -> Self:
         try:
             for index, command in enumerate(self._commands):
                 worker = Worker(index, command)
-                self._workers.append(worker)
+                self.workers.append(worker)
                 self._selector.register(worker.output, selectors.EVENT_READ, worker)
         except BaseException:
             self._stop()
@@ -166,9 +175,9 @@ class Crew:
             key.data.check_silence(now_s)
 
     def _stop(self) -> None:
-        for worker in self._workers:
+        for worker in self.workers:
             worker.terminate()
-        for worker in self._workers:
+        for worker in self.workers:
             worker.stop()
         self._selector.close()
 

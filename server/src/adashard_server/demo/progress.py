@@ -69,8 +69,8 @@ def from_line(line: str | bytes) -> Progress:
     Raises:
         ValueError: it was not made by `to_line`.
     """
-    fields = json.loads(line)
     try:
+        fields = json.loads(line)
         return _KINDS[fields.pop("kind")](**fields)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"not a line of a worker's progress: {line!r}") from error

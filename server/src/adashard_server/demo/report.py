@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from rich.box import HORIZONTALS
-from rich.console import Console
+from rich.console import Console, Group
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -157,15 +157,15 @@ def describe(status: Status) -> str:
     return f"loss {loss:.2f} bits/byte · {rate} steps/s · optimizer state {state}"
 
 
-def table(summary: Summary) -> Table:
+def table(summary: Summary) -> Group:
     """The numbers that a reader came for, each beside what it is measured against."""
-    rows = Table(title=_title(summary), title_justify="left", show_header=False, box=HORIZONTALS)
+    rows = Table(show_header=False, box=HORIZONTALS)
     rows.add_column("what")
     rows.add_column("how much", justify="right", style="bold")
     rows.add_column("beside")
     for row in _rows(summary):
         rows.add_row(*row)
-    return rows
+    return Group(Text(_title(summary), style="bold"), rows)
 
 
 def _title(summary: Summary) -> str:
@@ -194,11 +194,11 @@ def _beside_adam(summary: Summary) -> str:
     adam = f"Adam would hold {decimal(summary.adam_bytes)}"
     if not summary.state_bytes:
         return adam
-    return f"{adam}, {summary.adam_bytes / summary.state_bytes:.0f} times as much"
+    return f"{adam}, {summary.adam_bytes / summary.state_bytes:.0f} times that"
 
 
 def _each(what: str, moved_bytes: int, pushes: int) -> str:
-    return f"{what}, {decimal(round(moved_bytes / pushes))} for each worker and step"
+    return f"{what}, {decimal(round(moved_bytes / pushes))} a worker and step"
 
 
 def _count(number: int, noun: str) -> str:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Protocol, TextIO
 
 import torch
@@ -26,7 +27,7 @@ from adashard_server.demo.model import Size, Transformer
 from adashard_server.demo.progress import Began, Evaluated, Progress, Stepped, to_line
 
 JOB = "demo"
-WINDOWS_PER_BATCH = 8
+WINDOWS_PER_BATCH = 4
 WINDOWS_HELD_OUT = 256
 
 Tell = Callable[[Progress], None]
@@ -78,7 +79,7 @@ def train(
 ) -> None:
     """Takes `steps` steps, a batch of `windows` each, and tells of every one."""
     began_s = time.monotonic()
-    for step, batch in zip(range(1, steps + 1), windows, strict=False):
+    for step, batch in enumerate(islice(windows, steps), start=1):
         optimizer.zero_grad()
         loss = model.loss(batch)
         loss.backward()

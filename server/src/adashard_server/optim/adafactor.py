@@ -160,8 +160,7 @@ def step(
 
     Not thread-safe for the same tensors, and not idempotent. The result's bits depend on the
     arguments and on torch's number of threads. An element whose second moment is 0 stays where
-    it is, so gradients of 0 never give NaN. Gradients must be finite, and their squares too:
-    1.8e19 is the largest that float32 can square.
+    it is, so gradients of 0 never give NaN; nor do any others that are finite.
 
     Args:
         weight: X, any shape, float32; becomes X_t.
@@ -212,8 +211,13 @@ def _step_size(weight: Tensor, settings: Settings, rho: float) -> float:
 def _decay_second_moment(
     state: State, gradient_NM: Tensor, axes: Axes | None, settings: Settings, beta2: float
 ) -> None:
-    """R_t and C_t, or V_t, in place."""
-    squared_NM = gradient_NM.square()
+    """R_t and C_t, or V_t, in place.
+
+    Squares are bounded so that no sum of them overflows: a finite gradient never makes the state
+    infinite, and the weights NaN with it. In float32 it binds for gradients above 1e15.
+    """
+    largest = torch.finfo(gradient_NM.dtype).max / max(1, gradient_NM.numel())
+    squared_NM = gradient_NM.square().clamp_(max=largest)
     if not settings.clamp_eps:
         squared_NM.add_(settings.eps1)
     if axes is None:

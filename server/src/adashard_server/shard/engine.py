@@ -393,7 +393,7 @@ class Engine:
         with self._turn:
             self._check_stream(begin)
             wanted = [index for index in self._rounds.mine if self._asked_for(begin, index)]
-            if begin.version != begin.step - 1:
+            if begin.version < 0 or begin.version != begin.step - 1:
                 return [], wanted
             unchanged = [index for index in wanted if not self._rounds.updates(index)]
         for index in unchanged:

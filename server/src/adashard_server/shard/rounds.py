@@ -434,7 +434,7 @@ class Rounds:
                 steps + (finite and present >> index & 1) for index, steps in enumerate(before)
             ),
             groups=begins[0].groups,
-            squared_norm=sum(squares[index] for index in sorted(squares)),
+            squared_norm=sum(squares[index] for index in sorted(squares)) if finite else 0.0,
         )
 
     def _full(self, index: int) -> bool:

@@ -386,7 +386,7 @@ class Record(google.protobuf.message.Message):
     present: builtins.bytes
     """One bit per parameter, least significant first: whether any worker had a gradient."""
     squared_norm: builtins.float
-    """Squared norm of the mean gradient over all slices."""
+    """Squared norm of the mean gradient over all slices; 0 where the step was skipped."""
     @property
     def workers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Ids of the workers whose gradients were summed, in rank order."""

@@ -1,0 +1,114 @@
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc"),
+]
+
+
+class Demo:
+    """`adashard demo` as a user starts it, with a mark that all its processes inherit."""
+
+    def __init__(self, *options):
+        self.mark = f"ADASHARD_TEST={uuid.uuid4().hex}"
+        name, value = self.mark.split("=")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "adashard_server.cli", "demo", *options],
+            env={**os.environ, name: value},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def processes(self):
+        """Ids of all processes that bear the mark."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                environment = path.read_bytes().split(b"\0")
+            except OSError:  # it has ended meanwhile, or is another user's
+                continue
+            if self.mark.encode() in environment:
+                found.append(int(path.parent.name))
+        return found
+
+    def read_until(self, start):
+        """The lines up to the first that starts so."""
+        lines = []
+        for line in self.process.stdout:
+            lines.append(line)
+            if line.startswith(start):
+                return lines
+        raise AssertionError(f"no line starts with {start!r} in {''.join(lines)}")
+
+    def rest(self):
+        """The lines that are left, and the exit code."""
+        output, _ = self.process.communicate()
+        return output.splitlines(), self.process.returncode
+
+
+@pytest.fixture
+def start():
+    demos = []
+
+    def begin(*options):
+        demos.append(Demo(*options))
+        return demos[-1]
+
+    yield begin
+    for demo in demos:
+        for pid in demo.processes():
+            os.kill(pid, signal.SIGKILL)
+        demo.process.communicate()
+
+
+def bits(lines, name):
+    """The number of bits per byte in the table's row of this name."""
+    (row,) = (line.split() for line in lines if line.strip().startswith(name))
+    return float(row[row.index("bits/byte") - 1])
+
+
+def test_the_demo_learns_shows_it_and_leaves_nothing_behind(start):
+    demo = start("--steps=30", "--workers=2", "--shards=2", "--seed=1")
+    assert "http://127.0.0.1:" in "".join(demo.read_until("Dashboard"))
+    lines, code = demo.rest()
+    assert code == 0, lines
+    assert bits(lines, "held-out, before") > 7.9
+    assert bits(lines, "held-out, after") < 5
+    assert any("step 30/30" in line for line in lines)
+    assert any("Adam would hold 8.0 MB" in line for line in lines)
+    assert demo.processes() == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_demo_leaves_nothing_behind(start, number, code):
+    demo = start("--steps=100000")
+    demo.read_until("step ")
+    assert len(demo.processes()) == 1 + 1 + 2 + 2  # itself, a coordinator, shards, workers
+    demo.process.send_signal(number)
+    lines, returned = demo.rest()
+    assert returned == code, lines
+    assert demo.processes() == []
+
+
+def test_a_demo_whose_worker_dies_says_which_and_leaves_nothing_behind(start):
+    demo = start("--steps=100000")
+    demo.read_until("step ")
+    (victim,) = (
+        pid
+        for pid in demo.processes()
+        if b"--index=1" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    )
+    os.kill(victim, signal.SIGKILL)
+    lines, code = demo.rest()
+    assert code == 1, lines
+    assert any("Worker 1 was ended by signal 9" in line for line in lines)
+    assert demo.processes() == []

@@ -1,0 +1,61 @@
+import signal
+import sys
+
+import pytest
+
+from adashard_server.demo import run
+
+pytestmark = pytest.mark.processes
+
+
+class NoCluster:
+    """Stands where the cluster stands; nobody answers there."""
+
+    address = "127.0.0.1:1"
+    url = "http://127.0.0.1:1"
+    left = False
+
+    def __init__(self, shards):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        type(self).left = True
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    """Runs the demo without a cluster, and with workers that do no more than this source says."""
+
+    def run_with(source):
+        monkeypatch.setattr(NoCluster, "left", False)
+        monkeypatch.setattr(run, "LocalCluster", NoCluster)
+        monkeypatch.setattr(run, "worker_command", lambda _: [sys.executable, "-c", source])
+        code = run.run_demo(steps=3, workers=2, shards=1)
+        assert NoCluster.left
+        return code
+
+    return run_with
+
+
+def test_a_worker_that_fails_ends_the_demo_and_is_shown(demo, capsys):
+    assert demo("raise ValueError('no such corpus')") == 1
+    shown = capsys.readouterr().out
+    assert "exited with code 1" in shown
+    assert "ValueError: no such corpus" in shown
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_demo_and_is_heeded_as_before_thereafter(demo, capsys, number, code):
+    before = signal.getsignal(number)
+    assert demo(f"import os, time; os.kill(os.getppid(), {number}); time.sleep(1000)") == code
+    assert "Interrupted" in capsys.readouterr().out
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("option", ["steps", "workers", "shards"])
+def test_less_than_one_of_anything_is_refused(option):
+    with pytest.raises(ValueError, match=f"{option}=0: at least 1"):
+        run.run_demo(**{option: 0})
