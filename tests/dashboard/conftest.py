@@ -7,13 +7,16 @@ import time
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 from tests.http.fakes import FakeView, Training
 
 from adashard_server.http.app import create_app
 from adashard_server.http.server import HttpServer
 from adashard_server.telemetry.history import History
 from adashard_server.telemetry.metrics import Metrics
+
+# Generous: a busy machine is slow, and a page that is right passes as soon as it is.
+expect.set_options(timeout=30_000)
 
 ARGUMENTS = [
     "--no-sandbox",

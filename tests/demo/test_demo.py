@@ -67,7 +67,7 @@ def start():
     for demo in demos:
         for pid in demo.processes():
             os.kill(pid, signal.SIGKILL)
-        demo.process.communicate()
+        demo.process.wait()
 
 
 def bits(lines, name):

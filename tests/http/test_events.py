@@ -67,6 +67,7 @@ def test_steps_between_two_looks_come_together(listen, training):
     training.run(5)
     told = of_kind(listen(lambda: training.run(3), nothing, lambda: training.run(1)), "step")
     assert [[step.step for step in update.items] for update in told] == [[6, 7, 8], [9]]
+    assert [update.latest_step for update in told] == [8, 9]
     assert told[0].job == "demo"
     assert told[0].steps_per_second > 0
 

@@ -15,7 +15,8 @@ def model() -> torch.nn.Module:
     torch.manual_seed(1)
     return torch.nn.Sequential(
         torch.nn.Embedding(24, 16),
-        torch.nn.Conv1d(6, 8, 3, padding=1),
+        # without bias: the norm behind it would leave it nothing but the noise of rounding
+        torch.nn.Conv1d(6, 8, 3, padding=1, bias=False),
         torch.nn.LayerNorm(16),
         torch.nn.Flatten(),
         torch.nn.Linear(128, 40),
@@ -204,4 +205,4 @@ def test_two_workers_with_halves_of_a_batch_equal_one_with_the_whole(bench):
     ):
         assert torch.equal(found, other)
         change = (expected - begun).abs().max()
-        assert (found - expected).abs().max() <= 2e-3 * change
+        assert (found - expected).abs().max() <= 1e-4 * change

@@ -1,9 +1,8 @@
 """One worker's taking part in one job, from join to leave.
 
 The training loop's thread takes steps; a thread of the control stream answers freeze, plan and
-open at any time, also during forward and backward (docs/protocol.md, rules W1 to W8). What the
-two share is small and under one lock: the generation that is promised, whether it is open, the
-version of every slice, and the streams under way, which a freeze ends.
+open at any time, also during forward and backward. What they share is under one lock: the state of
+`worker.py`, which decides, and the streams under way, which a freeze ends.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -26,8 +25,6 @@ from adashard.transport.attendance import Attendance
 from adashard.transport.base import Call, Transport
 from adashard.wire.errors import (
     AdashardError,
-    Internal,
-    InvalidFrame,
     LeaseExpired,
     ShardUnavailable,
     StaleGeneration,
@@ -41,7 +38,6 @@ from adashard.wire.messages import (
     Entry,
     Freeze,
     FromCoordinator,
-    Frozen,
     GroupStep,
     Hello,
     JobSpec,
@@ -55,13 +51,12 @@ from adashard.wire.messages import (
     PlanRequest,
     Record,
     Renewal,
-    Stale,
-    Standing,
     UploadBegin,
     Welcome,
     WorkerHello,
 )
 from adashard.wire.version import VERSION
+from adashard.worker import Worker
 
 log = logging.getLogger("adashard")
 
@@ -89,15 +84,6 @@ class Push:
         """One bit per parameter, least significant first."""
         bits = sum(1 << index for index in self.gradients)
         return bits.to_bytes((count + 7) // 8, "little")
-
-
-@dataclass(slots=True)
-class _Reply:
-    """What one step's replies have brought so far; the session's lock covers it."""
-
-    step: int
-    record: Record | None = None
-    elements: dict[int, int] = field(default_factory=dict)
 
 
 class Session:
@@ -130,22 +116,14 @@ class Session:
         self._transport = transport
         self._on_existing, self._token = on_existing, token
         self._routing = Routing(spec, parameters)
+        self._worker = Worker(self.id, job, self._routing.slices)
         self._changed = threading.Condition()
-        self._promised = 0
-        self._entry: Entry | None = None
-        self._plan: Plan | None = None  # of the open generation; None while frozen
-        self._lineage = 0
-        self._fresh = True
-        self._versions = [-1] * len(self._routing.slices)
-        self._version = -1
-        self._record: Record | None = None
+        self._ended: AdashardError | None = None
         self._unchanged = True  # whether all that was adopted was there before, bit for bit
         self._calls: set[Call] = set()
-        self._leaving = False
-        self._ended: AdashardError | None = None
+        self._uploading = False
         self._renewed = 0.0
         self._threads = ThreadPoolExecutor(thread_name_prefix="adashard-stream")
-        self._uploads: set[int] = set()
         self._attendance = Attendance(
             transport,
             address,
@@ -161,15 +139,12 @@ class Session:
     @property
     def version(self) -> int:
         """The version of the weights that the worker holds whole; -1 for none of the job's."""
-        return self._version
+        return self._worker.version
 
     @property
     def rank(self) -> int | None:
         """This worker's rank; None before it is part of a generation."""
-        for member in self._entry.workers if self._entry else ():
-            if member.id == self.id:
-                return member.rank
-        return None
+        return self._worker.rank
 
     def step(self, push: Push) -> bool:
         """Takes one step with `push`; returns when the parameters hold the next version.
@@ -185,15 +160,15 @@ class Session:
         """
         target: int | None = None
         self._unchanged = True
-        while target is None or self._version < target:
+        while target is None or self.version < target:
             try:
                 plan = self._wait_open()
-                if self._version < plan.base:
+                if self.version < plan.base:
                     self._take(plan, plan.base, None)
                     if target is None and not self._unchanged:
                         return False
                 else:
-                    target = self._version + 1 if target is None else target
+                    target = self.version + 1 if target is None else target
                     self._take(plan, target, push)
             except StaleGeneration:
                 continue
@@ -201,14 +176,14 @@ class Session:
 
     def log(self, values: Mapping[str, float]) -> None:
         """Tells the coordinator what the loop wants seen; may be lost."""
-        logged = Logged(job=self.job, step=max(self._version, 0), values=dict(values))
+        logged = Logged(job=self.job, step=max(self.version, 0), values=dict(values))
         self._attendance.send(logged)
 
     def close(self, timeout_s: float = LEAVE_S) -> None:
         """Leaves the job, once the others have what only this worker may hold. Idempotent."""
         with self._changed:
-            if self._ended is None and not self._leaving:
-                self._leaving = True
+            if self._ended is None and not self._worker.leaving:
+                self._worker.leaving = True
                 self._attendance.renew()
             self._changed.wait_for(lambda: self._ended is not None, timeout_s)
         self.abandon()
@@ -228,19 +203,19 @@ class Session:
         """
         with self._changed:
             said = False
-            while self._plan is None and self._ended is None:
+            while self._worker.plan is None and self._ended is None:
                 if not self._changed.wait(_SAY_S) and not said:
                     said = True
                     log.info("job %r: waiting to take part (%s)", self.job, self._what_for())
             if self._ended is not None:
                 raise self._ended
-            assert self._plan is not None
-            return self._plan
+            assert self._worker.plan is not None
+            return self._worker.plan
 
     def _what_for(self) -> str:
-        if self._entry is None:
+        if self._worker.promised == 0:
             return f"the first step needs {self.spec.min_workers} workers"
-        return f"generation {self._promised} is being made"
+        return f"generation {self._worker.promised} is being made"
 
     def _take(self, plan: Plan, step: int, push: Push | None) -> None:
         """Brings every slice to `step`, pushing for it or not.
@@ -248,22 +223,21 @@ class Session:
         Raises:
             StaleGeneration: the generation has ended meanwhile.
         """
-        reply = _Reply(step)
-        record = self._record if self._version >= 0 else None
-        counts = record.step_counts if record else (0,) * len(self.spec.parameters)
-        settings = push.settings(counts) if push else ()
+        begin = self._begin(plan.entry, step, push)
         streams: list[Future[None]] = []
         for member, indices in self._routing.by_shard(plan.entry).items():
-            behind = [index for index in indices if self._versions[index] < step]
+            behind = self._worker.behind(indices, step)
             if behind:
-                begin = self._begin(plan.entry, member, step, push, settings, behind)
-                streams.append(self._threads.submit(self._talk, member, begin, behind, push, reply))
+                to_member = replace(
+                    begin,
+                    receiver=member.id,
+                    version=self._worker.held(behind),
+                    slices=() if len(behind) == len(indices) else tuple(behind),
+                )
+                streams.append(self._threads.submit(self._talk, member, to_member, behind, push))
         self._join(streams, step)
         with self._changed:
-            self._check_generation(plan.entry.generation)
-            self._version, self._fresh = step, False
-            # Where all replies of the step had come before its generation ended, the plan has it.
-            self._record = reply.record or (plan.record if plan.base == step else None)
+            self._worker.took(plan, step)
         self._renew_now_and_then()
 
     def _join(self, streams: list[Future[None]], step: int) -> None:
@@ -282,41 +256,29 @@ class Session:
         for error in sorted(errors, key=lambda error: isinstance(error, StaleGeneration)):
             raise error
 
-    def _begin(
-        self,
-        entry: Entry,
-        member: Member,
-        step: int,
-        push: Push | None,
-        settings: tuple[GroupStep, ...],
-        slices: list[int],
-    ) -> Begin:
-        everything = entry.placement.count(entry.shards.index(member)) == len(slices)
+    def _begin(self, entry: Entry, step: int, push: Push | None) -> Begin:
+        """What is the same for all shards in a step."""
         return Begin(
             job=self.job,
             generation=entry.generation,
             sender=self.id,
-            receiver=member.id,
+            receiver="",
             step=step,
             push=push is not None,
-            version=min(self._versions[index] for index in slices),
             present=push.present(len(self.spec.parameters)) if push else b"",
             share=push.share if push else 1.0,
-            groups=settings,
+            groups=push.settings(self._worker.step_counts()) if push else (),
             dtypes=self._routing.dtypes(),
-            slices=() if everything else tuple(slices),
         )
 
     # --- a stream's thread ----------------------------------------------------------------------
 
-    def _talk(
-        self, member: Member, begin: Begin, slices: list[int], push: Push | None, reply: _Reply
-    ) -> None:
+    def _talk(self, member: Member, begin: Begin, slices: list[int], push: Push | None) -> None:
         """One shard's part of a step, repeated under the same name while nobody answers."""
         backoff = Backoff(STREAM_BUDGET_S, time.monotonic)
         while True:
             try:
-                return self._stream(member, begin, slices, push, reply, first=backoff.attempts == 0)
+                return self._stream(member, begin, slices, push, first=backoff.attempts == 0)
             except AdashardError as error:
                 wait_s = backoff.next_s()
                 if not repeatable(error) or wait_s is None:
@@ -324,8 +286,8 @@ class Session:
                     raise
                 log.debug("job %r: %s; attempt %d", self.job, error.message, backoff.attempts)
                 with self._changed:
-                    self._changed.wait_for(lambda: not self._current(begin.generation), wait_s)
-                    self._check_generation(begin.generation)
+                    self._changed.wait_for(lambda: self._is_over(begin.generation), wait_s)
+                    self._worker.check(begin.generation)
 
     def _stream(
         self,
@@ -333,7 +295,6 @@ class Session:
         begin: Begin,
         slices: list[int],
         push: Push | None,
-        reply: _Reply,
         *,
         first: bool,
     ) -> None:
@@ -342,8 +303,10 @@ class Session:
 
         def frames() -> Iterator[bytes]:
             yield leading_frame(begin)
-            if push is None or (not first and (acknowledged.wait(), complete.is_set())[1]):
-                return  # a repeated push first hears whether it is needed
+            if push is None:
+                return
+            if not first:
+                acknowledged.wait()  # a repeated push first hears whether it is needed
             for frame in self._routing.gradient_frames(push.gradients, slices):
                 if complete.is_set():
                     return
@@ -359,41 +322,30 @@ class Session:
                         complete.set()
                     acknowledged.set()
                 else:
-                    self._received(frame, begin, reply)
+                    self._received(frame, begin)
         finally:
             acknowledged.set()
             with self._changed:
                 self._calls.discard(call)
-        if any(self._versions[index] != begin.step for index in slices):
+        if self._worker.behind(slices, begin.step):
             raise ShardUnavailable(f"shard {member.id} at {member.address} ended a reply too early")
 
-    def _received(self, frame: Frame, begin: Begin, reply: _Reply) -> None:
-        """Takes a record, or writes weights in place (W6)."""
+    def _received(self, frame: Frame, begin: Begin) -> None:
+        """Takes a record, or writes weights in place."""
         with self._changed:
-            self._check_generation(begin.generation)
+            self._worker.check(begin.generation)
             if isinstance(frame.leading, Record):
-                if reply.record is not None and reply.record != frame.leading:
-                    raise Internal(f"two shards have different records of step {begin.step}")
-                reply.record = frame.leading
+                self._worker.take_record(frame.leading, begin.step)
             for run, buffer in frame.pieces():
-                count = self._routing.slices[run.slice].element_count
-                if run.count == 0:
-                    self._versions[run.slice] = begin.step
-                    continue
-                self._versions[run.slice] = -1  # torn until it is whole
-                self._unchanged &= self._routing.write(run, buffer)
-                reply.elements[run.slice] = reply.elements.get(run.slice, 0) + run.count
-                if run.start == 0:
-                    reply.elements[run.slice] = run.count
-                if reply.elements[run.slice] > count:
-                    raise InvalidFrame(f"slice {run.slice} came twice in one reply")
-                if reply.elements[run.slice] == count:
-                    self._versions[run.slice] = begin.step
+                self._worker.writes(run)
+                if run.count:
+                    self._unchanged &= self._routing.write(run, buffer)
+                self._worker.wrote(run, begin.step)
 
     def _register(self, call: Call, generation: int) -> None:
         with self._changed:
             self._calls.add(call)
-            self._check_generation(generation)
+            self._worker.check(generation)
 
     def _cancel_calls(self) -> None:
         with self._changed:
@@ -401,16 +353,9 @@ class Session:
         for call in calls:
             call.cancel()
 
-    def _current(self, generation: int) -> bool:
-        return (
-            self._ended is None
-            and self._plan is not None
-            and self._plan.entry.generation == generation
-        )
-
-    def _check_generation(self, generation: int) -> None:
-        if not self._current(generation):
-            raise StaleGeneration(f"generation {generation} has ended")
+    def _is_over(self, generation: int) -> bool:
+        plan = self._worker.plan
+        return self._ended is not None or plan is None or plan.entry.generation != generation
 
     # --- the control stream's thread ------------------------------------------------------------
 
@@ -419,7 +364,7 @@ class Session:
             job=self.job,
             spec=self.spec,
             on_existing=self._on_existing,
-            generation=self._promised,
+            generation=self._worker.promised,
         )
         return Hello(
             id=self.id,
@@ -431,13 +376,7 @@ class Session:
         )
 
     def _renewal(self) -> Renewal:
-        standing = Standing(
-            job=self.job,
-            generation=self._promised,
-            version=self._version,
-            leaving=self._leaving,
-        )
-        return Renewal(standings=(standing,))
+        return Renewal(standings=(self._worker.standing(),))
 
     def _renew_now_and_then(self) -> None:
         now = time.monotonic()
@@ -448,70 +387,40 @@ class Session:
     def _handle(self, message: FromCoordinator) -> None:
         match message:
             case Freeze(entry=entry):
-                self._attendance.send(self._freeze(entry))
+                self._freeze(entry)
             case PlanRequest(plan=plan):
                 self._supply(plan)
             case Open(plan=plan):
-                if self._open(plan):
-                    generation = plan.entry.generation
-                    self._attendance.send(Opened(job=self.job, generation=generation))
+                self._open(plan)
             case Bye(generation=generation, error=error):
-                if generation >= self._promised:
+                if generation >= self._worker.promised:
                     self._end(from_info(error) if error else LeaseExpired("left the job"))
             case Notice(text=text):
                 log.info("job %r: %s", self.job, text)
-            case Welcome(job_version=version) if version >= 0 and self._promised == 0:
+            case Welcome(job_version=version) if version >= 0 and self._worker.promised == 0:
                 log.info("job %r exists: joining it at step %d", self.job, version)
 
-    def _freeze(self, entry: Entry) -> Frozen | Stale:
-        """Promises a generation (W2): nothing of an older one is used any more."""
+    def _freeze(self, entry: Entry) -> None:
         with self._changed:
-            if entry.generation < self._promised:
-                return Stale(job=self.job, promised=self._promised)
-            if entry.generation > self._promised:
-                self._promised, self._entry, self._plan = entry.generation, entry, None
-                self._become_origin(entry)
-                self._changed.notify_all()
-            answer = self._frozen()
-        self._cancel_calls()
-        return answer
+            answer = self._worker.freeze(entry)
+            self._changed.notify_all()
+        if self._worker.plan is None:
+            self._cancel_calls()
+        self._attendance.send(answer)
 
-    def _become_origin(self, entry: Entry) -> None:
-        """Where the lineage names this worker, its initial weights are the first version (W1)."""
-        lineage = entry.lineage
-        if lineage is not None and lineage.origin == self.id and self._fresh:
-            self._lineage, self._version, self._fresh = lineage.number, lineage.base_version, False
-            self._versions = [lineage.base_version] * len(self._versions)
-
-    def _frozen(self) -> Frozen:
-        lineage = self._entry.lineage if self._entry else None
-        origin = (
-            lineage is not None
-            and lineage.origin == self.id
-            and self._lineage == lineage.number
-            and self._version == lineage.base_version
-        )
-        held = tuple(range(len(self._versions))) if origin else ()
-        return Frozen(
-            job=self.job,
-            generation=self._promised,
-            lineage=self._lineage,
-            slices=held,
-            versions=tuple(self._versions[index] for index in held),
-            record=self._record,
-            fresh=self._fresh,
-            complete=self._version >= 0,
-            leaving=self._leaving,
-        )
+    def _open(self, plan: Plan) -> None:
+        with self._changed:
+            if not self._worker.open(plan):
+                return
+            self._changed.notify_all()
+        self._attendance.send(Opened(job=self.job, generation=plan.entry.generation))
 
     def _supply(self, plan: Plan) -> None:
-        """Uploads the slices that this worker is the source of (W3), in a thread of its own."""
-        wanted = [source.slice for source in plan.sources if source.member == self.id]
-        generation = plan.entry.generation
-        if not wanted or generation != self._promised or generation in self._uploads:
-            return
-        self._uploads = {generation}
-        self._threads.submit(self._upload_all, plan, set(wanted))
+        """Uploads what this worker is the source of, in a thread of its own."""
+        wanted = self._worker.supplies(plan)
+        if wanted and not self._uploading:
+            self._uploading = True
+            self._threads.submit(self._upload_all, plan, wanted)
 
     def _upload_all(self, plan: Plan, wanted: set[int]) -> None:
         generation = plan.entry.generation
@@ -530,7 +439,7 @@ class Session:
         except AdashardError as error:
             log.debug("job %r: an upload failed, and is repeated when asked: %s", self.job, error)
         finally:
-            self._uploads.discard(generation)  # asked again, it is sent again
+            self._uploading = False  # asked again, it is sent again
 
     def _upload(self, member: Member, begin: UploadBegin, slices: list[int]) -> None:
         def frames() -> Iterator[bytes]:
@@ -538,20 +447,6 @@ class Session:
             yield from self._routing.weight_frames(slices)
 
         self._transport.upload(member.address, frames())
-
-    def _open(self, plan: Plan) -> bool:
-        """Goes on with the plan of the promised generation (W4)."""
-        with self._changed:
-            if plan.entry.generation != self._promised:
-                return False
-            if self._plan is None:
-                number = plan.entry.lineage.number if plan.entry.lineage else 0
-                if number != self._lineage:
-                    self._lineage, self._version, self._record = number, -1, None
-                    self._versions = [-1] * len(self._versions)
-                self._entry, self._plan = plan.entry, plan
-                self._changed.notify_all()
-            return True
 
     def _end(self, error: AdashardError) -> None:
         with self._changed:

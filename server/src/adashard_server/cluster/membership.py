@@ -326,7 +326,7 @@ class Membership:
         return self._unanswered()
 
     def _lost_slice(self, lost: Lost) -> list[Instruction]:
-        """State is gone (C5): a lineage that was never opened is chosen anew; else the job stops."""
+        """State is gone (C5): a lineage never opened is chosen anew, otherwise the job stops."""
         if not self.entry.opened:
             fresh = {member for member, answer in self._answers.items() if answer.fresh}
             self.entry = replace(self.entry, lineage=None)

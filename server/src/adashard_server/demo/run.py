@@ -20,15 +20,19 @@ from adashard_server.demo.report import Summary, failure, live_line, table
 from adashard_server.demo.story import Story
 from adashard_server.demo.worker import JOB, Task
 
-STEPS = 600
-WORKERS = 2
-SHARDS = 2
+DEFAULT_STEPS = 600
+DEFAULT_WORKERS = 2
+DEFAULT_SHARDS = 2
 FAILED = 1
 _SIGNALLED = 128  # plus the signal's number, as shells count
 
 
 def run_demo(
-    *, steps: int = STEPS, workers: int = WORKERS, shards: int = SHARDS, seed: int = 0
+    *,
+    steps: int = DEFAULT_STEPS,
+    workers: int = DEFAULT_WORKERS,
+    shards: int = DEFAULT_SHARDS,
+    seed: int = 0,
 ) -> int:
     """Trains a small Transformer through a cluster on this machine, and shows it on stdout.
 
@@ -48,6 +52,7 @@ def run_demo(
         if number < 1:
             raise ValueError(f"{name}={number}: at least 1")
     console = Console()
+    console.print("Starting a coordinator, shards and workers on this machine")
     try:
         with _interruptible(), LocalCluster(shards=shards) as cluster:
             console.print(f"Dashboard  {cluster.url}/  (as long as the demo runs)")

@@ -117,12 +117,15 @@ class _Watcher:
         for job in history.jobs() if self._job is None else [self._job]:
             points = history.changed(job, self._told.get(job, 0), max_points=POINTS_MAX)
             self._told[job] = history.sequence(job)
-            if points:
-                rate = history.steps_per_second(job, now_s=self._sources.clock())
-                items = [Step.of(point) for point in points]
-                yield ServerSentEvent(
-                    event="step", data=StepUpdate(job=job, steps_per_second=rate, items=items)
+            latest = history.latest(job)
+            if points and latest is not None:
+                update = StepUpdate(
+                    job=job,
+                    steps_per_second=history.steps_per_second(job, now_s=self._sources.clock()),
+                    latest_step=latest.step,
+                    items=[Step.of(point) for point in points],
                 )
+                yield ServerSentEvent(event="step", data=update)
 
     def status(self) -> ServerSentEvent:
         view = self._sources.view

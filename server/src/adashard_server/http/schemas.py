@@ -300,6 +300,9 @@ class StepUpdate(Schema):
 
     job: str
     steps_per_second: float
+    latest_step: int = Field(
+        description="The newest step of the job; later ones that a reader has are void."
+    )
     items: list[Step]
 
 

@@ -41,7 +41,8 @@ from adashard.wire.messages import (
 )
 from adashard.wire.tensors import as_buffer, from_buffer, torch_dtype
 from adashard_server.shard.exchange import PeerExchange
-from adashard_server.shard.rounds import Add, Committed, Instruction, Measure, Rounds, Send, Wait
+from adashard_server.shard.instructions import Add, Committed, Instruction, Measure, Send, Wait
+from adashard_server.shard.rounds import Rounds
 from adashard_server.shard.slices import SliceStore
 from adashard_server.shard.stopwatch import Stopwatch
 

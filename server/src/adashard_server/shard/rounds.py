@@ -23,56 +23,24 @@ from adashard.wire.messages import (
     Entry,
     Frozen,
     FullSums,
-    GroupStep,
     Outcome,
     Plan,
     Record,
     Report,
     Stale,
-    WeightDecayMode,
 )
 from adashard.wire.placement import Slice, cut
-
-
-@dataclass(frozen=True, slots=True)
-class Add:
-    """Add elements `start` to `stop` of a slice; `first` overwrites what the sum holds."""
-
-    start: int
-    stop: int
-    first: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """A worker of lower rank has not come this far in the slice: the order of a sum is fixed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """The sums of these slices are full: take their squared sums."""
-
-    slices: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Hand `report` to `peers`; `wanted` are those whose own report is missing here."""
-
-    report: Report
-    peers: tuple[str, ...]
-    wanted: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """The step is decided: its record is kept, and its slices owe it."""
-
-    record: Record
-
-
-Admission = Add | Wait | None
-Instruction = Measure | Send | Committed
+from adashard_server.shard.instructions import (
+    Add,
+    Admission,
+    Committed,
+    Instruction,
+    Measure,
+    Send,
+    Wait,
+)
+from adashard_server.shard.pushes import check_formats, check_push
+from adashard_server.shard.records import bit, form_record
 
 
 @dataclass(slots=True)
@@ -233,6 +201,8 @@ class Rounds:
                 fit the job.
         """
         self.check(begin.generation, begin.sender)
+        assert self.entry is not None
+        check_formats(begin, self.entry.spec)
         if begin.step == self.version:
             return Acknowledge(version=self.version, complete=True), []
         if begin.step != self._step:
@@ -242,7 +212,7 @@ class Rounds:
             )
         if not begin.push:
             return Acknowledge(version=self.version), []
-        self._check_push(begin)
+        check_push(begin, self.entry.spec, self._step_counts())
         self.begins[begin.sender] = begin
         instructions = self._measure(self.mine)
         complete = all(self._done(begin.sender, index) for index in self.mine)
@@ -372,7 +342,8 @@ class Rounds:
             self._reports[self.shard] = self._own = self._report()
             instructions += self._send()
         if set(self._reports) >= set(self.peers):
-            record = self._record()
+            begins = [self.begins[worker] for worker in self.order]
+            record = form_record(self._step, begins, self._reports.values(), self._step_counts())
             self._decide(record)
             instructions.append(Committed(record))
         return instructions
@@ -408,35 +379,6 @@ class Rounds:
             squared_sums=tuple(squares),
         )
 
-    def _record(self) -> Record:
-        """The record of the step, the same whichever shard forms it (S7)."""
-        reports = list(self._reports.values())
-        finite = all(report.finite for report in reports)
-        begins = [self.begins[worker] for worker in self.order]
-        bits = [int.from_bytes(begin.present, "little") for begin in begins]
-        present = 0
-        for one in bits:
-            present |= one
-        count = len(self.entry.spec.parameters) if self.entry else 0
-        before = self.record.step_counts if self.record else (0,) * count
-        squares = {
-            index: square
-            for report in reports
-            for index, square in zip(report.slices, report.squared_sums, strict=True)
-        }
-        return Record(
-            step=self._step,
-            workers=self.order,
-            shares=tuple(begin.share for begin in begins),
-            outcome=Outcome.APPLY if finite else Outcome.SKIP,
-            present=present.to_bytes((count + 7) // 8, "little"),
-            step_counts=tuple(
-                steps + (finite and present >> index & 1) for index, steps in enumerate(before)
-            ),
-            groups=begins[0].groups,
-            squared_norm=sum(squares[index] for index in sorted(squares)) if finite else 0.0,
-        )
-
     def _full(self, index: int) -> bool:
         return bool(self.order) and all(self._done(worker, index) for worker in self.order)
 
@@ -465,36 +407,12 @@ class Rounds:
                 f"shard {self.shard} has promised generation {self.promised}, not {generation}"
             )
 
-    def _check_push(self, begin: Begin) -> None:
-        """Refuses a push whose record could not be applied by every shard."""
+    def _step_counts(self) -> tuple[int, ...]:
+        """Each parameter's count of updates before the step that is collected."""
         assert self.entry is not None
-        spec = self.entry.spec
-        if len(begin.present) != (len(spec.parameters) + 7) // 8:
-            raise InvalidRequest(f"a push has a presence bit for each of {len(spec.parameters)}")
-        if not (isfinite(begin.share) and begin.share > 0):
-            raise InvalidRequest(f"a share is positive and finite, not {begin.share}")
-        if len(begin.groups) != len(spec.groups):
-            raise InvalidRequest(f"a push has settings for each of {len(spec.groups)} groups")
-        before = self.record.step_counts if self.record else (0,) * len(spec.parameters)
-        needed: dict[int, set[int]] = {}
-        for parameter, steps in zip(spec.parameters, before, strict=True):
-            needed.setdefault(parameter.group, set()).add(steps + 1)
-        for group, counts in needed.items():
-            _check_group(begin.groups[group], counts)
-
-
-def _check_group(step: GroupStep, counts: set[int]) -> None:
-    if step.adafactor is None:
-        raise InvalidRequest("a push has settings of the job's optimizer for each group")
-    if step.adafactor.weight_decay_mode is WeightDecayMode.UNSPECIFIED:
-        raise InvalidRequest("a push says what weight decay is multiplied with")
-    if missing := counts - {schedule.step_count for schedule in step.schedules}:
-        raise InvalidRequest(f"a push lacks beta2 and rho for step counts {sorted(missing)[:3]}")
-    numbers = [number for one in step.schedules for number in (one.beta2, one.rho)]
-    settings = step.adafactor
-    numbers += [settings.eps1, settings.eps2, settings.beta1, settings.weight_decay, settings.lr]
-    if not all(isfinite(number) for number in numbers) or not settings.clip_threshold > 0:
-        raise InvalidRequest(f"hyper-parameters must be finite numbers: {settings}")
+        if self.record is None:
+            return (0,) * len(self.entry.spec.parameters)
+        return self.record.step_counts
 
 
 def _slices_by_shard(entry: Entry) -> dict[str, tuple[int, ...]]:
@@ -503,8 +421,3 @@ def _slices_by_shard(entry: Entry) -> dict[str, tuple[int, ...]]:
     for index, owner in enumerate(entry.placement):
         placed.setdefault(entry.shards[owner].id, []).append(index)
     return {shard: tuple(indices) for shard, indices in placed.items()}
-
-
-def bit(bits: bytes, index: int) -> bool:
-    """Whether bit `index`, least significant first, is set."""
-    return bool(bits[index >> 3] >> (index & 7) & 1)

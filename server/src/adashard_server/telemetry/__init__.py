@@ -1,1 +1,4 @@
-"""What is measured, for people and for Prometheus. May import `adashard.wire` and nothing else of ours."""
+"""What is measured, for people and for Prometheus.
+
+May import `adashard.wire` and nothing else of ours.
+"""

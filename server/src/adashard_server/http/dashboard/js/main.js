@@ -25,7 +25,7 @@ let watched = null; // name of the job that is shown; null while there is none
 let job = null; // its newest status
 let shards = [];
 let historyRead = false; // since the stream was opened
-let arrived = []; // steps that the stream brought since then
+let arrived = null; // steps that the stream brings while the history is read
 let rate = 0;
 let range = 0;
 let memoryOf = ""; // what the drawn memory bars belong to
@@ -57,7 +57,8 @@ async function loadHistory() {
   if (name !== watched || history === null || about === null) return;
   steps.clear();
   steps.merge(history.items);
-  steps.merge(arrived);
+  steps.merge(arrived ?? []);
+  arrived = null;
   rate = about.steps_per_second;
   draw();
 }
@@ -108,7 +109,6 @@ function showJob() {
   pill.textContent = capital(job.status);
   one("job-about").textContent = job.status_reason || capital(job.algorithm);
   one("job-title").textContent = `Job ${job.name}`;
-  document.title = `${integer(job.step)} · ${job.name} · adashard`;
   showTiles();
   const memory = JSON.stringify([job.name, job.generation, job.state_bytes, job.weight_bytes]);
   if (memory !== memoryOf) {
@@ -120,11 +120,9 @@ function showJob() {
 function step(update) {
   if (update.job !== watched) return;
   rate = update.steps_per_second;
-  arrived.push(...update.items);
-  const newest = steps.newest?.step ?? 0;
-  const last = update.items.at(-1).step;
-  // A job that was replaced or restored counts from an earlier step again.
-  steps.merge(update.items, { wentBack: job !== null && job.step < newest && last < newest });
+  arrived?.push(...update.items);
+  steps.cut(update.latest_step);
+  steps.merge(update.items);
   draw();
 }
 
@@ -140,7 +138,9 @@ function draw() {
 function showTiles() {
   if (job === null) return;
   const newest = steps.newest;
-  const current = { ...job, step: Math.max(job.step, newest?.step ?? 0) };
+  // Members tell their version once a lease, shards tell of every step.
+  const current = { ...job, step: newest?.step ?? job.step };
+  document.title = `${integer(current.step)} · ${job.name} · adashard`;
   tiles({ job: current, rate, newest, meanLoss: meanLoss(steps.points) });
 }
 

@@ -13,14 +13,18 @@ export class Steps {
     return this.points.at(-1) ?? null;
   }
 
-  /** Take in steps that are new or have changed. A job that went back loses what came after. */
-  merge(items, { wentBack = false } = {}) {
+  /** Take in steps that are new or have changed. */
+  merge(items) {
     if (items.length === 0) return;
-    if (wentBack) this.points = this.points.filter((point) => point.step < items[0].step);
     const known = new Map(this.points.map((point) => [point.step, point]));
     for (const item of items) known.set(item.step, item);
     this.points = [...known.values()].sort((a, b) => a.step - b.step);
     if (this.points.length > POINTS_MAX) this.#thin();
+  }
+
+  /** Drop what came after `step`: the job was replaced or restored, and counts from there again. */
+  cut(step) {
+    this.points = this.points.filter((point) => point.step <= step);
   }
 
   /** The last `count` steps by number, or all if it is 0. */

@@ -1,0 +1,48 @@
+"""What the rounds ask of the engine that carries them out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adashard.wire.messages import Record, Report
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """Add elements `start` to `stop` of a slice; `first` overwrites what the sum holds."""
+
+    start: int
+    stop: int
+    first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A worker of lower rank has not come this far in the slice: the order of a sum is fixed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """The sums of these slices are full: take their squared sums."""
+
+    slices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Hand `report` to `peers`; `wanted` are those whose own report is missing here."""
+
+    report: Report
+    peers: tuple[str, ...]
+    wanted: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The step is decided: its record is kept, and its slices owe it."""
+
+    record: Record
+
+
+Admission = Add | Wait | None
+Instruction = Measure | Send | Committed

@@ -1,0 +1,60 @@
+"""What a push must say so that every shard can form the same record and apply it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite
+
+from adashard.wire.errors import InvalidRequest
+from adashard.wire.messages import Begin, DType, GroupStep, JobSpec, WeightDecayMode
+
+
+def check_push(begin: Begin, spec: JobSpec, step_counts: Sequence[int]) -> None:
+    """Refuses a push whose record could not be applied.
+
+    Args:
+        begin: the push.
+        spec: the job.
+        step_counts: each parameter's count of updates before the step.
+
+    Raises:
+        InvalidRequest: with what it lacks.
+    """
+    if len(begin.present) != (len(spec.parameters) + 7) // 8:
+        raise InvalidRequest(f"a push has a presence bit for each of {len(spec.parameters)}")
+    if not (isfinite(begin.share) and begin.share > 0):
+        raise InvalidRequest(f"a share is positive and finite, not {begin.share}")
+    if len(begin.groups) != len(spec.groups):
+        raise InvalidRequest(f"a push has settings for each of {len(spec.groups)} groups")
+    needed: dict[int, set[int]] = {}
+    for parameter, count in zip(spec.parameters, step_counts, strict=True):
+        needed.setdefault(parameter.group, set()).add(count + 1)
+    for group, counts in needed.items():
+        _check_group(begin.groups[group], counts)
+
+
+def check_formats(begin: Begin, spec: JobSpec) -> None:
+    """Refuses a push or pull that does not say in which formats weights are to come back.
+
+    Raises:
+        InvalidRequest: with what it lacks.
+    """
+    if len(begin.dtypes) not in (1, len(spec.parameters)) or DType.UNSPECIFIED in begin.dtypes:
+        raise InvalidRequest(
+            f"weights are wanted in one format or in one each of {len(spec.parameters)}, "
+            f"not in {len(begin.dtypes)}"
+        )
+
+
+def _check_group(step: GroupStep, counts: set[int]) -> None:
+    settings = step.adafactor
+    if settings is None:
+        raise InvalidRequest("a push has settings of the job's optimizer for each group")
+    if settings.weight_decay_mode is WeightDecayMode.UNSPECIFIED:
+        raise InvalidRequest("a push says what weight decay is multiplied with")
+    if missing := counts - {schedule.step_count for schedule in step.schedules}:
+        raise InvalidRequest(f"a push lacks beta2 and rho for step counts {sorted(missing)[:3]}")
+    numbers = [number for one in step.schedules for number in (one.beta2, one.rho)]
+    numbers += [settings.eps1, settings.eps2, settings.beta1, settings.weight_decay, settings.lr]
+    if not all(isfinite(number) for number in numbers) or not settings.clip_threshold > 0:
+        raise InvalidRequest(f"hyper-parameters must be finite numbers: {settings}")
