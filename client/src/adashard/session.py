@@ -21,7 +21,7 @@ from torch import Tensor
 
 from adashard.retry import Backoff, repeatable
 from adashard.routing import Routing
-from adashard.transport.attendance import Attendance
+from adashard.transport.attendance import CONNECT_BUDGET_S, Attendance
 from adashard.transport.base import Call, Transport
 from adashard.wire.errors import (
     AdashardError,
@@ -131,6 +131,7 @@ class Session:
             renewal=self._renewal,
             handle=self._handle,
             failed=self._end,
+            connect_budget_s=CONNECT_BUDGET_S,
         )
         self._attendance.start()
 
@@ -355,7 +356,7 @@ class Session:
 
     def _is_over(self, generation: int) -> bool:
         plan = self._worker.plan
-        return self._ended is not None or plan is None or plan.entry.generation != generation
+        return plan is None or plan.entry.generation != generation
 
     # --- the control stream's thread ------------------------------------------------------------
 
@@ -452,5 +453,6 @@ class Session:
         with self._changed:
             if self._ended is None:
                 self._ended = error
+                self._worker.plan = None  # nothing that is under way may go on
                 self._changed.notify_all()
         self._cancel_calls()

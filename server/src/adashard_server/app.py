@@ -29,7 +29,7 @@ from adashard.wire.messages import (
     Welcome,
 )
 from adashard.wire.version import VERSION
-from adashard_server.cluster.coordinator import Coordinator
+from adashard_server.cluster.coordinator import REPLACED, Coordinator
 from adashard_server.cluster.instructions import Announce
 from adashard_server.cluster.registry import MemoryRegistry, Registry
 from adashard_server.cluster.statistics import Event
@@ -60,7 +60,7 @@ class CoordinatorProcess:
 
     def __init__(self, settings: CoordinatorSettings) -> None:
         self._settings = settings
-        self._metrics = Metrics(VERSION)
+        self.metrics = Metrics(VERSION)
         self._history = History()
         self.address = ""
         self.url = ""
@@ -89,7 +89,7 @@ class CoordinatorProcess:
             token=settings.token,
             now=time.monotonic(),
         )
-        announcer = _Announcer(registry)
+        announcer = _Announcer(registry, self._announced)
         service = CoordinatorService(
             coordinator, registry, time.monotonic, announcer.announce, self._observe
         )
@@ -99,7 +99,7 @@ class CoordinatorProcess:
         self._view = view
         announcer.view = view
         http = HttpServer(
-            create_app(view, self._history, self._metrics),
+            create_app(view, self._history, self.metrics),
             host=settings.bind,
             port=settings.http_port,
         )
@@ -120,6 +120,11 @@ class CoordinatorProcess:
             await rpc.stop(_STOP_S)
             await asyncio.to_thread(registry.close)
 
+    def _announced(self, event: Announce) -> None:
+        if event.name == REPLACED:
+            self._history.forget(event.job)
+            self.metrics.forget(event.job)
+
     def _observe(self, member: str, telemetry: StepSummary | Logged) -> None:
         if isinstance(telemetry, Logged):
             self._history.log(telemetry)
@@ -130,14 +135,14 @@ class CoordinatorProcess:
         shards = max(1, jobs[telemetry.job].shard_count)
         point = self._history.add(member, telemetry, shard_count=shards, now_s=time.time())
         if point is not None:
-            self._metrics.observe(telemetry.job, point)
+            self.metrics.observe(telemetry.job, point)
 
 
 class _Announcer:
     """Writes events to the log and the registry, in order, and remembers them for the page."""
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+    def __init__(self, registry: Registry, announced: Callable[[Announce], None]) -> None:
+        self._registry, self._announced = registry, announced
         self._queue: asyncio.Queue[Announce] = asyncio.Queue()
         self.view: CoordinatorView | None = None
 
@@ -145,6 +150,7 @@ class _Announcer:
         """Takes an event; never blocks."""
         level = logging.ERROR if event.name == "lost" else logging.INFO
         log.log(level, "%s", event.text, extra={"job": event.job, **event.facts})
+        self._announced(event)
         self._queue.put_nowait(event)
 
     async def run(self) -> None:
@@ -309,6 +315,6 @@ class ShardProcess:
             self.shard.repeat()
 
 
-def configure_logs(level: str, json: bool | None) -> None:
-    """Sends the logs of this process to standard error."""
-    logs.configure(level, json)
+def configure_logs(level: str, metrics: Metrics | None = None) -> None:
+    """Sends the logs of this process to standard error; `metrics` counts their lines."""
+    logs.configure(level, on_record=metrics.count_record if metrics else None)

@@ -70,7 +70,6 @@ def serve_coordinator(
     """Control plane (gRPC), REST and the page, in one process."""
     from adashard_server.app import CoordinatorProcess, configure_logs
 
-    configure_logs(log_level, None)
     settings = CoordinatorSettings(
         bind=bind,
         advertise=advertise,
@@ -89,6 +88,7 @@ def serve_coordinator(
         if supervised:
             _when_abandoned(lambda: loop.call_soon_threadsafe(stop.set))
         process = CoordinatorProcess(settings)
+        configure_logs(log_level, process.metrics)
         return await process.run(stop, lambda p: _ready({"address": p.address, "url": p.url}))
 
     reason = asyncio.run(run())
@@ -114,7 +114,7 @@ def serve_shard(
     from adashard_server.app import ShardProcess, configure_logs
 
     torch.set_num_threads(1)  # parallel over streams; see docs/decisions
-    configure_logs(log_level, None)
+    configure_logs(log_level)
     process = ShardProcess(
         ShardSettings(
             coordinator=coordinator,

@@ -75,7 +75,10 @@ class LocalCluster:
         return self
 
     def stop(self) -> None:
-        """Ends everything: shards first, then the coordinator. Idempotent."""
+        """Ends everything: the shards together, then the coordinator. Idempotent."""
+        for process in self.processes:
+            if process.role == "shard":
+                process.terminate()
         self._stack.close()
 
     def __enter__(self) -> Self:

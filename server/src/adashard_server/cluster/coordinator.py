@@ -35,12 +35,13 @@ from adashard.wire.messages import (
     WorkerHello,
 )
 from adashard.wire.version import VERSION, check_version
-from adashard_server.cluster.instructions import Instruction, StepDown, Tell
+from adashard_server.cluster.instructions import Announce, Instruction, StepDown, Tell
 from adashard_server.cluster.jobs import JOBS_MAX, check_join, new_entry
 from adashard_server.cluster.leases import Leases, LeaseSettings
 from adashard_server.cluster.membership import Membership, Surroundings
 
 SHARDS_MAX = 256
+REPLACED = "replaced"
 
 
 @dataclass(slots=True)
@@ -137,7 +138,9 @@ class Coordinator:
         """
         self._check(hello)
         known = self.contacts.get(hello.id)
-        job_version = self._join(hello, hello.worker) if hello.worker else -1
+        job_version, instructions = -1, list[Instruction]()
+        if hello.worker is not None:
+            job_version, instructions = self._join(hello, hello.worker)
         if known is None:
             index = self._next_index() if hello.shard else -1
             self.contacts[hello.id] = Contact(hello, index)
@@ -150,7 +153,7 @@ class Coordinator:
             renew_s=self.settings.renew_s,
             job_version=job_version,
         )
-        return [Tell(hello.id, welcome)]
+        return [Tell(hello.id, welcome), *instructions]
 
     def detached(self, member: str, now: float) -> list[Instruction]:
         """A member's control stream has ended."""
@@ -192,11 +195,12 @@ class Coordinator:
         self._shard_count += 1
         return self._shard_count - 1
 
-    def _join(self, hello: Hello, worker: WorkerHello) -> int:
+    def _join(self, hello: Hello, worker: WorkerHello) -> tuple[int, list[Instruction]]:
         """Lets a worker into its job; where the job stands, or -1 for a new one."""
+        instructions: list[Instruction] = []
         membership = self.jobs.get(worker.job)
         if membership is not None and hello.id in membership.worker_ids():
-            return membership.version
+            return membership.version, instructions
         if worker.generation > 0:
             raise LeaseExpired(f"worker {hello.id} is no longer part of job {worker.job!r}")
         if membership is None:
@@ -206,8 +210,10 @@ class Coordinator:
             membership = self.jobs[worker.job] = Membership(entry, self.id)
         elif check_join(membership, worker):
             membership.restart(worker.spec)
+            text = f"job {worker.job!r} begins anew, as worker {hello.id} asked"
+            instructions.append(Announce(worker.job, REPLACED, text))
         membership.join(hello.id)
-        return membership.version
+        return membership.version, instructions
 
     def _renewed(
         self, member: str, contact: Contact, renewal: Renewal, now: float

@@ -18,7 +18,8 @@ def check_name(name: str) -> None:
     Raises:
         InvalidRequest: empty, too long, or with characters that cannot be printed.
     """
-    if not (0 < len(name) <= JOB_NAME_MAX and name.isprintable() and name.strip() == name):
+    fits = 0 < len(name) <= JOB_NAME_MAX and name.isprintable() and name.strip() == name
+    if not fits or name in (".", ".."):  # which a browser would not send as part of a path
         raise InvalidRequest(
             f"job={name[:JOB_NAME_MAX]!r} is not a name: 1 to {JOB_NAME_MAX} printable characters"
         )

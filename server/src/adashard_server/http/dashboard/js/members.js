@@ -4,6 +4,7 @@ import { ago, bytes, count, integer } from "./format.js";
 import { fill, head } from "./table.js";
 
 const total = (sizes) => Object.values(sizes).reduce((sum, size) => sum + size, 0);
+const brief = (id) => (id.length > 16 ? `${id.slice(0, 8)}…` : id);
 const capital = (word) => word[0].toUpperCase() + word.slice(1);
 
 function shardColumns(job) {
@@ -22,7 +23,7 @@ function shardColumns(job) {
 
 const WORKER_COLUMNS = [
   { title: "Rank", text: (worker) => (worker.rank === null ? "–" : String(worker.rank)) },
-  { title: "Worker", text: (worker) => worker.id },
+  { title: "Worker", text: (worker) => brief(worker.id), whole: (worker) => worker.id },
   { title: "Host", text: (worker) => `${worker.host} · ${worker.pid}` },
   { title: "Step", number: true, text: (worker) => integer(worker.step) },
   { title: "Heard", number: true, text: (worker) => ago(worker.renewed_s_ago) },

@@ -10,7 +10,10 @@ const total = (parts) => parts.reduce((sum, [, size]) => sum + size, 0);
 
 /** Draw the answer of /state; `shards` come by index. The bars of a group have one scale. */
 export function showMemory(state, shards) {
-  const kinds = Object.entries(state.by_kind).filter(([, size]) => size > 0);
+  const known = Object.keys(KINDS);
+  const kinds = Object.entries(state.by_kind)
+    .filter(([, size]) => size > 0)
+    .sort(([one], [other]) => known.indexOf(one) - known.indexOf(other));
   const groups = [
     [
       ["Weights", [["grey", state.weight_bytes]]],

@@ -1,6 +1,6 @@
 // Tables whose cells are changed in place, so that a selection or a focus in them survives.
 
-/** Give a table its header. `columns`: {title, number?, text(item), status?(item)}. */
+/** Give a table its header. `columns`: {title, number?, text(item), whole?(item), status?(item)}. */
 export function head(table, columns) {
   const row = document.createElement("tr");
   for (const column of columns) {
@@ -44,5 +44,6 @@ function newRow(key, columns) {
 function update(element, column, item) {
   const text = column.text(item);
   if (element.textContent !== text) element.textContent = text;
+  if (column.whole) element.title = column.whole(item);
   if (column.status) element.dataset.status = column.status(item);
 }
