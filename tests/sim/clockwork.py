@@ -34,8 +34,12 @@ class Loop:
         self._count = 0
 
     def at(self, time_s: float, process: Process, action: Callable[[], object]) -> None:
+        heapq.heappush(self._heap, (time_s, self.number(), process, action))
+
+    def number(self) -> int:
+        """A number that was never given before."""
         self._count += 1
-        heapq.heappush(self._heap, (time_s, self._count, process, action))
+        return self._count
 
     def next(self) -> Process | None:
         """Lets the next event happen; its process, if that is alive."""
@@ -150,6 +154,7 @@ class Stream:
 
     def __init__(self, caller: Process, server: Process) -> None:
         self.caller, self.server = caller, server
+        self.order = caller.loop.number()
         self.up, self.down = Pipe(server), Pipe(caller)
 
     def cut(self) -> None:

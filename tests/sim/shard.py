@@ -256,7 +256,7 @@ class SimShard(Member):
     def _check_sum(self, index: int, record: Record, history: History) -> None:
         """Every element holds each worker's gradient of this step once, in the record's order."""
         gradients = [self.cluster.gradients[worker, record.step] for worker in record.workers]
-        finite = all(gradient.finite for gradient in gradients)
+        finite = all(g.finite or not any(g.present) for g in gradients)
         if finite != (record.outcome is Outcome.APPLY):
             raise Violation(f"{self.name} ends step {record.step} with {record.outcome.name}")
         if record.step != history.version + 1 or any(g.base != history for g in gradients):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from adashard.wire.errors import InvalidFrame, UnsupportedParameter
 from adashard.wire.messages import DType
+from adashard.wire.frames import ITEM_BYTES
 from adashard.wire.tensors import (
-    ITEM_BYTES,
     as_buffer,
     flat_on_cpu,
     from_buffer,

@@ -68,7 +68,8 @@ def serve_coordinator(
     supervised: Supervised = False,
 ) -> None:
     """Control plane (gRPC), REST and the page, in one process."""
-    from adashard_server.app import CoordinatorProcess, configure_logs
+    from adashard_server.app.coordinator import CoordinatorProcess
+    from adashard_server.telemetry import logs
 
     settings = CoordinatorSettings(
         bind=bind,
@@ -88,7 +89,7 @@ def serve_coordinator(
         if supervised:
             _when_abandoned(lambda: loop.call_soon_threadsafe(stop.set))
         process = CoordinatorProcess(settings)
-        configure_logs(log_level, process.metrics)
+        logs.configure(log_level, on_record=process.metrics.count_record)
         return await process.run(stop, lambda p: _ready({"address": p.address, "url": p.url}))
 
     reason = asyncio.run(run())
@@ -111,10 +112,11 @@ def serve_shard(
     """Data plane: fp32 weights and optimizer state of its slices, on one device."""
     import torch
 
-    from adashard_server.app import ShardProcess, configure_logs
+    from adashard_server.app.shard import ShardProcess
+    from adashard_server.telemetry import logs
 
     torch.set_num_threads(1)  # parallel over streams; see docs/decisions
-    configure_logs(log_level)
+    logs.configure(log_level)
     process = ShardProcess(
         ShardSettings(
             coordinator=coordinator,

@@ -117,7 +117,7 @@ class LocalCluster:
         return process
 
     def _start_threads(self) -> None:
-        from adashard_server.app import ShardProcess
+        from adashard_server.app.shard import ShardProcess
         from adashard_server.config import ShardSettings
         from adashard_server.shard.exchange import MemoryExchange
 
@@ -266,7 +266,7 @@ class _CoordinatorThread:
             self._started.set()
 
     async def _serve(self) -> None:
-        from adashard_server.app import CoordinatorProcess
+        from adashard_server.app.coordinator import CoordinatorProcess
         from adashard_server.config import CoordinatorSettings
 
         self._loop = asyncio.get_running_loop()

@@ -257,5 +257,6 @@ def catalogue() -> dict[str, type[AdashardError]]:
 
 def from_info(info: ErrorInfo) -> AdashardError:
     """The error that `info` describes; `Internal` where this version does not know its class."""
-    kind = catalogue().get(info.reason, Internal)
-    return kind(info.message, remedy=info.remedy, **dict(info.metadata))
+    error = catalogue().get(info.reason, Internal)(info.message, remedy=info.remedy)
+    error.facts = dict(info.metadata)
+    return error

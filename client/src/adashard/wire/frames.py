@@ -19,13 +19,13 @@ from google.protobuf.message import DecodeError
 from adashard.wire import codec
 from adashard.wire.errors import InvalidFrame, InvalidRequest
 from adashard.wire.messages import Acknowledge, Begin, DType, Record, Run, UploadBegin
-from adashard.wire.tensors import ITEM_BYTES
 from adashard.wire.v1 import shard_pb2
 
 PAYLOAD_BYTES_MAX = 1 << 20
 HEADER_BYTES_MAX = 8 << 20
 FRAME_BYTES_MAX = PAYLOAD_BYTES_MAX + HEADER_BYTES_MAX + 64
 RUNS_MAX = 1 << 16
+ITEM_BYTES = {DType.FLOAT32: 4, DType.BFLOAT16: 2, DType.FLOAT16: 2, DType.FLOAT64: 8}
 
 _ALIGNMENT = 64
 _HEADER_TAG, _PAYLOAD_TAG, _PADDING_TAG = b"\x0a", b"\x12", b"\x7a"

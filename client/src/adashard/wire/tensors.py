@@ -19,7 +19,6 @@ _TORCH_DTYPES = {
     DType.FLOAT64: torch.float64,
 }
 _WIRE_DTYPES = {dtype: wire for wire, dtype in _TORCH_DTYPES.items()}
-ITEM_BYTES = {wire: dtype.itemsize for wire, dtype in _TORCH_DTYPES.items()}
 
 
 def wire_dtype(dtype: torch.dtype) -> DType:

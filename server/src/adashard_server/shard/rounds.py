@@ -63,6 +63,7 @@ class Rounds:
         self.slices: tuple[Slice, ...] = ()
         self.versions: dict[int, int] = {}
         self.record: Record | None = None
+        self._before: Record | None = None  # that of the step before the newest decided one
         self.order: tuple[str, ...] = ()
         self.begins: dict[str, Begin] = {}
         self._plan: Plan | None = None
@@ -110,7 +111,7 @@ class Rounds:
             slices=held,
             versions=tuple(self.versions[index] for index in held),
             sums=(sums,) if full else (),
-            record=self.record,
+            record=self._before if self._unseen else self.record,
         )
 
     def plan(self, plan: Plan) -> None:
@@ -128,8 +129,15 @@ class Rounds:
             self.lineage, self.record = lineage, None
             self.versions.clear()
             self._collect(plan.base + 1)
+        elif self._owed and plan.base < self._step:
+            self._owed.clear()  # no slice anywhere has the step: it is formed again
+            self.record = plan.record
         elif plan.record is not None and plan.record.step == self._step and not self._owed:
             self._decide(plan.record)
+
+    def lacks(self, index: int, version: int) -> bool:
+        """Whether an upload of the slice brings what is not here; written over, it would tear."""
+        return self.versions.get(index, -1) < version
 
     def uploaded(self, index: int, version: int) -> None:
         """A whole slice has come from the source that the plan names."""
@@ -301,8 +309,8 @@ class Rounds:
         return frozenset(self._owed)
 
     def owes(self, index: int) -> bool:
-        """Whether the slice has not yet taken the newest decided step."""
-        return index in self._owed
+        """Whether the slice is to take the newest decided step now; not while frozen (S1)."""
+        return index in self._owed and self._plan is not None
 
     def updates(self, index: int) -> bool:
         """Whether the newest record changes the slice's weights, or only its version."""
@@ -352,8 +360,13 @@ class Rounds:
         """Whether every worker of the round has begun its push."""
         return bool(self.order) and bool(self.mine) and set(self.begins) >= set(self.order)
 
+    @property
+    def _unseen(self) -> bool:
+        """Whether a step is decided that no slice has taken, so that nobody has heard of it."""
+        return bool(self._owed) and self._owed == set(self.versions)
+
     def _decide(self, record: Record) -> None:
-        self.record = record
+        self._before, self.record = self.record, record
         self._owed = set(self.versions)
 
     def _send(self) -> list[Instruction]:
