@@ -111,6 +111,8 @@ class SimShard(Member):
             self._check_stream(begin)
             if self.rounds.record is not None:
                 stream.down.send(self.rounds.record)
+            yield self.loop.rng.uniform(0.0, 0.01)
+            self._check_stream(begin)
             yield from self._reply(begin, stream)
             stream.down.send(END)
         except Broken:
@@ -189,6 +191,7 @@ class SimShard(Member):
         wanted = [i for i in self.rounds.mine if not begin.slices or i in begin.slices]
         one_behind = begin.version >= 0 and begin.version == begin.step - 1
         for index in wanted:
+            yield self.loop.rng.uniform(0.0, 0.01)
             self._settle(index)
             if one_behind and not self.rounds.updates(index):
                 stream.down.send((Run(slice=index, start=0, count=0, dtype=DType.FLOAT32), None))

@@ -254,7 +254,7 @@ class SimWorker(Member):
             elements = self.values[run.slice]
             self._unchanged &= set(elements[run.start : run.start + run.count]) == {history}
             elements[run.start : run.start + run.count] = [history] * run.count
-        elif self.worker.held([run.slice]) != begin.step - 1:
+        elif self.worker.held([run.slice]) not in (begin.step - 1, begin.step):
             raise Violation(f"{self.name} is told that slice {run.slice} is unchanged")
         else:  # the record came first: what did not change has the step nevertheless
             self.values[run.slice] = [

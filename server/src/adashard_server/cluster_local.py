@@ -75,10 +75,9 @@ class LocalCluster:
         return self
 
     def stop(self) -> None:
-        """Ends everything: the shards together, then the coordinator. Idempotent."""
+        """Ends everything at once; rounds under way are finished first. Idempotent."""
         for process in self.processes:
-            if process.role == "shard":
-                process.terminate()
+            process.terminate()
         self._stack.close()
 
     def __enter__(self) -> Self:
