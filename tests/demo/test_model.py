@@ -21,6 +21,13 @@ def windows():
     return torch.randint(256, (7, TINY.context + 1), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(scope="module")
+def turned():
+    """One query and one key, each turned to every position: two of (30, 8)."""
+    vectors = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(2))
+    return Rotation(8, context=30)(vectors.expand(2, 30, 8))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("position", range(TINY.context))
 def test_a_byte_changes_the_logits_at_its_place_and_none_before(model, windows, position):
@@ -41,14 +48,11 @@ def test_every_byte_is_looked_back_on_from_the_end_of_the_context(model, windows
         assert not torch.allclose(model(other)[:, -1], last)
 
 
-@torch.no_grad()
 @given(shift=st.integers(0, 20), query=st.integers(0, 9), key=st.integers(0, 9))
-def test_a_score_sees_how_far_apart_two_bytes_are_and_not_where(shift, query, key):
-    rotation = Rotation(8, context=30)
-    vectors = torch.randn(2, 8, generator=torch.Generator().manual_seed(2))
-    turned_query, turned_key = (rotation(vector.expand(1, 1, 30, 8))[0, 0] for vector in vectors)
-    here = turned_query[query] @ turned_key[key]
-    there = turned_query[query + shift] @ turned_key[key + shift]
+def test_a_score_sees_how_far_apart_two_bytes_are_and_not_where(turned, shift, query, key):
+    queries, keys = turned
+    here = queries[query] @ keys[key]
+    there = queries[query + shift] @ keys[key + shift]
     torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-4)
 
 
@@ -68,7 +72,7 @@ def test_every_parameter_takes_part_and_none_begins_at_zero(model, windows):
 def test_a_model_that_has_learnt_nothing_does_about_as_well_as_guessing():
     torch.manual_seed(0)
     windows = torch.randint(256, (16, 129))
-    assert 8 < Transformer(Size()).bits_per_byte(windows) < 9
+    assert 8 < Transformer(Size()).bits_per_byte(windows) < 8.3
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7, 100])

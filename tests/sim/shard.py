@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
 REPEAT_S = 1.0
+APPLY_S = 0.03  # between the record and a slice, and from slice to slice, now and then
 
 
 class SimShard(Member):
@@ -59,6 +60,7 @@ class SimShard(Member):
         self.sums: dict[int, list[Sum]] = {}
         self.weights: dict[int, History | None] = {}
         self._streams: dict[str, Begin] = {}
+        self._promised = 0
         self.start(self.every(REPEAT_S, self._repeat))
 
     # --- the control stream ---------------------------------------------------------------------
@@ -78,6 +80,7 @@ class SimShard(Member):
                 case Freeze(entry=entry):
                     answer = self.rounds.freeze(entry)
                     if not isinstance(answer, Stale):
+                        self._promised = entry.generation
                         self._streams.clear()
                     self.tell(answer)
                 case PlanRequest(plan=plan):
@@ -111,7 +114,7 @@ class SimShard(Member):
             self._check_stream(begin)
             if self.rounds.record is not None:
                 stream.down.send(self.rounds.record)
-            yield self.loop.rng.uniform(0.0, 0.01)
+            yield self.loop.rng.choice([0.0, 0.0, APPLY_S])
             self._check_stream(begin)
             yield from self._reply(begin, stream)
             stream.down.send(END)
@@ -191,7 +194,7 @@ class SimShard(Member):
         wanted = [i for i in self.rounds.mine if not begin.slices or i in begin.slices]
         one_behind = begin.version >= 0 and begin.version == begin.step - 1
         for index in wanted:
-            yield self.loop.rng.uniform(0.0, 0.01)
+            yield self.loop.rng.choice([0.0, 0.0, APPLY_S])
             self._settle(index)
             if one_behind and not self.rounds.updates(index):
                 stream.down.send((Run(slice=index, start=0, count=0, dtype=DType.FLOAT32), None))
@@ -217,6 +220,8 @@ class SimShard(Member):
                         self.cluster.exchange(self, peer, request)
                 case Committed(record=record):
                     self.cluster.trace("%s commits %s", self.name, record)
+                    if self.rounds.promised < self._promised:
+                        raise Violation(f"{self.name} commits in a generation that it has closed")
 
     def _measured(self, slices: tuple[int, ...]) -> None:
         squares = {

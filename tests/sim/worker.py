@@ -74,6 +74,7 @@ class SimWorker(Member):
         self.leave_at = leave_at
         self._unchanged = True
         self._uploading = False
+        self._promised = 0
         self.streams: dict[Stream, Reading] = {}
         super().__init__(loop, name, cluster)
         self.start(self._train())
@@ -243,6 +244,8 @@ class SimWorker(Member):
 
     def _received(self, begin: Begin, item: object) -> None:
         self.worker.check(begin.generation)
+        if begin.generation < self._promised:
+            raise Violation(f"{self.name} uses a reply of a generation older than it promised")
         if isinstance(item, Record):
             self.worker.take_record(item, begin.step)
             return
@@ -286,6 +289,7 @@ class SimWorker(Member):
         match message:
             case Freeze(entry=entry):
                 answer = self.worker.freeze(entry)
+                self._promised = max(self._promised, entry.generation)
                 if self.worker.plan is None:
                     self._cut_streams()
                 self.tell(answer)

@@ -84,9 +84,7 @@ def test_fifty_steps_equal_those_of_the_library_in_float64(bench, semantics, sha
 
 
 OVER_GRPC = [
-    name
-    for name, config in CONFIGS.items()
-    if not config.is_bf16 and name != "accumulate_w3"
+    name for name, config in CONFIGS.items() if not config.is_bf16 and name != "accumulate_w3"
 ]
 
 
@@ -191,9 +189,7 @@ def test_two_workers_with_halves_of_a_batch_equal_one_with_the_whole(bench):
             loss_of(whole, batch).backward()
             optimizer.step()
     halves = [model(), model()]
-    optimizers = [
-        table.adafactor(network.named_parameters(), min_workers=2) for network in halves
-    ]
+    optimizers = [table.adafactor(network.named_parameters(), min_workers=2) for network in halves]
     for inputs, targets in batches(10):
         for half, network in enumerate(halves):
             network.zero_grad()

@@ -9,11 +9,14 @@ import sys
 import textwrap
 import threading
 
+import httpx
 import pytest
 import torch
 from tests.spec.conftest import Feed, together
 
+import adashard
 from adashard.wire.errors import JobExists, LeaseExpired, ModelMismatch
+from adashard_server import LocalCluster
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
@@ -261,3 +264,14 @@ def test_a_session_that_has_ended_joins_anew_at_the_next_step(bench):
     step(optimizer, feed, 1)
     assert optimizer.global_step >= 1
     optimizer.close()
+
+
+def test_slice_bytes_are_the_clusters_where_a_job_leaves_them_open(kind):
+    with LocalCluster(1, slice_bytes=1 << 16, in_process=kind == "threads") as cluster:
+        for job, own in {"open": None, "own": 1 << 20}.items():
+            feed = Feed(weights(0))
+            options = {"address": cluster.address, "job": job, "slice_bytes": own}
+            with adashard.Adafactor(feed.named(), **options) as optimizer:
+                step(optimizer, feed, 0)
+            told = httpx.get(f"{cluster.url}/api/v1/jobs/{job}", trust_env=False).json()
+            assert told["slice_bytes"] == (own or 1 << 16)

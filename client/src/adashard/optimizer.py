@@ -26,7 +26,7 @@ from adashard.wire.errors import (
     UnsupportedParameter,
 )
 from adashard.wire.messages import GroupStep, JobSpec, OnExisting, Parameter
-from adashard.wire.placement import DEFAULT_SLICE_BYTES, validate_spec
+from adashard.wire.placement import CLUSTER_DEFAULT, validate_spec
 from adashard.wire.tensors import wire_dtype
 
 log = logging.getLogger("adashard")
@@ -62,7 +62,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._address = _address(address)
         self._token = token if token is not None else os.environ.get("ADASHARD_TOKEN", "")
         self._job, self._nonfinite = job, nonfinite
-        self._slice_bytes = DEFAULT_SLICE_BYTES if slice_bytes is None else slice_bytes
+        self._slice_bytes = CLUSTER_DEFAULT if slice_bytes is None else slice_bytes
         self._min_workers = min_workers
         self._session: Session | None = None
         self._logged: dict[str, float] = {}
@@ -236,7 +236,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                     remedy="Build the layer with sparse=False.",
                     tensor=name,
                 )
-            if self._nonfinite == "reject" and not bool(torch.isfinite(gradient).all()):
+            if self._nonfinite == "reject" and not _finite(gradient):
                 broken.append(name)
             found[index] = gradient
         if broken:
@@ -303,6 +303,12 @@ def _check_parameter(parameter: Tensor) -> None:
     if parameter.layout is not torch.strided:
         raise UnsupportedParameter(f"a {parameter.layout} parameter cannot be trained")
     wire_dtype(parameter.dtype)
+
+
+def _finite(gradient: Tensor) -> bool:
+    """Whether every element is finite, without a temporary of the gradient's size."""
+    least, greatest = torch.aminmax(gradient)  # both are NaN if an element is
+    return bool(torch.isfinite(least) & torch.isfinite(greatest))
 
 
 def _on_existing(choice: str) -> OnExisting:

@@ -6,9 +6,15 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from adashard.wire.errors import AdashardError, CannotReachServer, Draining, ShardUnavailable
+from adashard.wire.errors import (
+    AdashardError,
+    CannotReachServer,
+    Draining,
+    Overloaded,
+    ShardUnavailable,
+)
 
-_REPEATABLE = (ShardUnavailable, CannotReachServer, Draining)
+_REPEATABLE = (ShardUnavailable, CannotReachServer, Draining, Overloaded)
 
 
 def repeatable(error: AdashardError) -> bool:

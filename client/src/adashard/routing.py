@@ -74,9 +74,8 @@ class Routing:
             raise InvalidFrame(f"a reply for {parameter.dtype} came as {run.dtype.name}")
         target = self._target(run.slice, parameter)[run.start : run.start + run.count]
         fresh = from_buffer(buffer, run.dtype).to(target.device)
-        same = torch.equal(target, fresh)
-        if not same:
-            target.copy_(fresh)
+        same = torch.equal(target.view(torch.uint8), fresh.view(torch.uint8))
+        target.copy_(fresh)
         self._unstage(run, parameter)
         return same
 

@@ -62,6 +62,7 @@ log = logging.getLogger("adashard")
 
 LEAVE_S = 10.0
 STREAM_BUDGET_S = 120.0
+STREAMS_MAX = 512  # a step needs one for each shard at once; threads are made when needed
 _SAY_S = 3.0  # a step that takes longer than this says what it waits for
 _RENEW_AFTER_STEP_S = 0.2
 
@@ -123,7 +124,7 @@ class Session:
         self._calls: set[Call] = set()
         self._uploading = False
         self._renewed = 0.0
-        self._threads = ThreadPoolExecutor(thread_name_prefix="adashard-stream")
+        self._threads = ThreadPoolExecutor(STREAMS_MAX, thread_name_prefix="adashard-stream")
         self._attendance = Attendance(
             transport,
             address,

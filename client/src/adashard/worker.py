@@ -86,7 +86,7 @@ class Worker:
             if number != self._lineage:
                 self._lineage, self.version, self.record = number, -1, None
                 self._versions = [-1] * len(self._slices)
-            self.entry, self.plan = plan.entry, plan
+            self.entry, self.plan, self._incoming = plan.entry, plan, None
             self._came.clear()
         return True
 

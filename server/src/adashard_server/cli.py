@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from adashard.wire.errors import AdashardError, CannotReachServer
+from adashard.wire.placement import DEFAULT_SLICE_BYTES, SLICE_BYTES_MAX, SLICE_BYTES_MIN
 from adashard.wire.version import VERSION
 from adashard_server.config import GRPC_PORT, HTTP_PORT, CoordinatorSettings, ShardSettings
 
@@ -45,6 +46,15 @@ Registry = Annotated[str, typer.Option(envvar="ADASHARD_REGISTRY", help="'memory
 MinShards = Annotated[
     int, typer.Option(envvar="ADASHARD_MIN_SHARDS", min=1, help="Shards the first step needs.")
 ]
+SliceBytes = Annotated[
+    int,
+    typer.Option(
+        envvar="ADASHARD_SLICE_BYTES",
+        min=SLICE_BYTES_MIN,
+        max=SLICE_BYTES_MAX,
+        help="Size of slices, where a job leaves it open.",
+    ),
+]
 Token = Annotated[str, typer.Option(envvar="ADASHARD_TOKEN", help="The cluster's secret.")]
 LogLevel = Annotated[str, typer.Option(envvar="ADASHARD_LOG_LEVEL", help="DEBUG to ERROR.")]
 Supervised = Annotated[bool, typer.Option(hidden=True, help="End when standard input ends.")]
@@ -63,6 +73,7 @@ def serve_coordinator(
     http_port: HttpPort = HTTP_PORT,
     registry: Registry = "memory",
     min_shards: MinShards = 1,
+    slice_bytes: SliceBytes = DEFAULT_SLICE_BYTES,
     token: Token = "",
     log_level: LogLevel = "INFO",
     supervised: Supervised = False,
@@ -78,6 +89,7 @@ def serve_coordinator(
         http_port=http_port,
         registry=registry,
         min_shards=min_shards,
+        slice_bytes=slice_bytes,
         token=token,
     )
 

@@ -19,6 +19,7 @@ from typing import IO, Any, Self
 
 from adashard.wire.errors import AdashardError, Internal, from_info
 from adashard.wire.messages import ErrorInfo
+from adashard.wire.placement import DEFAULT_SLICE_BYTES
 
 START_S = 60.0
 STOP_S = 15.0
@@ -49,7 +50,7 @@ class LocalCluster:
         quiet: bool = True,
     ) -> None:
         self.shard_count = shards
-        self.slice_bytes = slice_bytes
+        self.slice_bytes = DEFAULT_SLICE_BYTES if slice_bytes is None else slice_bytes
         self.address = ""
         self.url = ""
         self._in_process = in_process
@@ -98,6 +99,7 @@ class LocalCluster:
             http_port=self._http_port,
             registry=self._registry,
             min_shards=self.shard_count,
+            slice_bytes=self.slice_bytes,
         )
         self.address, self.url = coordinator.said["address"], coordinator.said["url"]
         waiting = [
@@ -125,6 +127,7 @@ class LocalCluster:
             http_port=self._http_port,
             registry=self._registry,
             min_shards=self.shard_count,
+            slice_bytes=self.slice_bytes,
         )
         self._stack.callback(coordinator.stop)
         self.address, self.url = coordinator.start()

@@ -6,6 +6,7 @@ import platform
 from dataclasses import dataclass, field
 
 from adashard.wire.errors import InvalidSettings
+from adashard.wire.placement import DEFAULT_SLICE_BYTES
 from adashard_server.cluster.leases import LeaseSettings
 
 GRPC_PORT = 50051
@@ -26,6 +27,7 @@ class CoordinatorSettings:
         http_port: of REST and the page; 0 for a free one.
         registry: "memory", or the URL of a Redis server.
         min_shards: shards that a job's first step needs.
+        slice_bytes: of jobs whose workers leave it open.
         token: the cluster's secret; empty for none.
         leases: times of membership.
     """
@@ -36,6 +38,7 @@ class CoordinatorSettings:
     http_port: int = HTTP_PORT
     registry: str = MEMORY
     min_shards: int = 1
+    slice_bytes: int = DEFAULT_SLICE_BYTES
     token: str = field(default="", repr=False)
     leases: LeaseSettings = LeaseSettings()
 

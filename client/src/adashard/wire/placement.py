@@ -29,7 +29,8 @@ NAME_LENGTH_MAX = 512
 DIMENSIONS_MAX = 8
 ELEMENTS_MAX = 1 << 40
 SLICE_BYTES_MIN, SLICE_BYTES_MAX = 4 << 10, 1 << 30
-WORKERS_MAX = 1024
+CLUSTER_DEFAULT = 0  # a worker's slice_bytes that leaves the choice to the coordinator
+WORKERS_MAX = 64
 
 _FLOAT32_BYTES = 4
 
@@ -95,7 +96,8 @@ def validate_spec(spec: JobSpec) -> None:
     """
     _check_range("parameters", len(spec.parameters), 1, PARAMETERS_MAX)
     _check_range("groups", len(spec.groups), 1, PARAMETERS_MAX)
-    _check_range("slice_bytes", spec.slice_bytes, SLICE_BYTES_MIN, SLICE_BYTES_MAX)
+    if spec.slice_bytes != CLUSTER_DEFAULT:
+        _check_range("slice_bytes", spec.slice_bytes, SLICE_BYTES_MIN, SLICE_BYTES_MAX)
     _check_range("min_workers", spec.min_workers, 1, WORKERS_MAX)
     for index, group in enumerate(spec.groups):
         _check_group(index, group)
@@ -179,7 +181,7 @@ def _differences(mine: JobSpec, theirs: JobSpec) -> Iterator[str]:
         yield f"groups: {len(mine.groups)} here, {len(theirs.groups)} in the job"
     for index, (here, there) in enumerate(zip(mine.groups, theirs.groups, strict=False)):
         yield from _group_differences(index, here, there)
-    if mine.slice_bytes != theirs.slice_bytes:
+    if mine.slice_bytes not in (CLUSTER_DEFAULT, theirs.slice_bytes):
         yield f"slice_bytes: {mine.slice_bytes} here, {theirs.slice_bytes} in the job"
 
 

@@ -62,6 +62,7 @@ class CoordinatorProcess:
             leases=settings.leases,
             min_shards=settings.min_shards,
             token=settings.token,
+            slice_bytes=settings.slice_bytes,
             now=time.monotonic(),
         )
         announcer = _Announcer(registry, self._announced)

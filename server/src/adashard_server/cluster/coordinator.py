@@ -30,15 +30,17 @@ from adashard.wire.messages import (
     Planned,
     Renewal,
     Stale,
+    Standing,
     StepSummary,
     Welcome,
     WorkerHello,
 )
+from adashard.wire.placement import DEFAULT_SLICE_BYTES, first_difference
 from adashard.wire.version import VERSION, check_version
 from adashard_server.cluster.instructions import Announce, Instruction, StepDown, Tell
-from adashard_server.cluster.jobs import JOBS_MAX, check_join, new_entry
+from adashard_server.cluster.jobs import JOBS_MAX, check_join, new_entry, new_spec
 from adashard_server.cluster.leases import Leases, LeaseSettings
-from adashard_server.cluster.membership import Membership, Surroundings
+from adashard_server.cluster.membership import Membership, Phase, Surroundings
 
 SHARDS_MAX = 256
 REPLACED = "replaced"
@@ -68,6 +70,7 @@ class Coordinator:
         entries: what the registry holds.
         leases: times of membership.
         min_shards: shards that a job's first generation needs.
+        slice_bytes: of jobs whose workers leave it open.
         token: the cluster's secret; empty for none.
     """
 
@@ -79,10 +82,12 @@ class Coordinator:
         leases: LeaseSettings,
         min_shards: int,
         token: str,
+        slice_bytes: int = DEFAULT_SLICE_BYTES,
         now: float,
     ) -> None:
         self.id = coordinator_id
         self.min_shards = min_shards
+        self.slice_bytes = slice_bytes
         self.settings = leases
         self.leases = Leases(leases)
         self.contacts: dict[str, Contact] = {}
@@ -206,10 +211,10 @@ class Coordinator:
         if membership is None:
             if len(self.jobs) >= JOBS_MAX:
                 raise Overloaded(f"the cluster has {JOBS_MAX} jobs, the most that are allowed")
-            entry = new_entry(worker, self._promised.get(worker.job, 0))
+            entry = new_entry(worker, self._promised.get(worker.job, 0), self.slice_bytes)
             membership = self.jobs[worker.job] = Membership(entry, self.id)
         elif check_join(membership, worker):
-            membership.restart(worker.spec)
+            membership.restart(new_spec(worker, self.slice_bytes))
             text = f"job {worker.job!r} begins anew, as worker {hello.id} asked"
             instructions.append(Announce(worker.job, REPLACED, text))
         membership.join(hello.id)
@@ -225,11 +230,23 @@ class Coordinator:
         for standing in renewal.standings:
             membership = self.jobs.get(standing.job)
             if membership is not None:
+                self._revive(member, contact, standing, membership)
                 instructions += membership.renewed(member, standing, now)
             elif contact.hello.shard is not None:
                 promised = max(self._promised.get(standing.job, 0), standing.generation)
                 self._promised[standing.job] = promised
         return instructions
+
+    def _revive(
+        self, member: str, contact: Contact, standing: Standing, membership: Membership
+    ) -> None:
+        """A worker that was taken for dead before its first generation waits for one again (C2)."""
+        worker = contact.hello.worker
+        if worker is None or standing.generation > 0 or standing.leaving:
+            return
+        same_model = first_difference(worker.spec, membership.entry.spec) is None
+        if same_model and membership.phase is not Phase.LOST:
+            membership.join(member)
 
     def _surroundings(self, now: float) -> Surroundings:
         dead = self.leases.dead(now)

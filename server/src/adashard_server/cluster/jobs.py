@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from adashard.wire.errors import InvalidRequest, JobExists, JobLost, ModelMismatch, Overloaded
-from adashard.wire.messages import Entry, OnExisting, WorkerHello
-from adashard.wire.placement import first_difference, validate_spec
+from adashard.wire.messages import Entry, JobSpec, OnExisting, WorkerHello
+from adashard.wire.placement import CLUSTER_DEFAULT, WORKERS_MAX, first_difference, validate_spec
 from adashard_server.cluster.membership import Membership, Phase
 
 JOBS_MAX = 1000
-WORKERS_PER_JOB_MAX = 64
 JOB_NAME_MAX = 128
 
 
@@ -25,19 +26,36 @@ def check_name(name: str) -> None:
         )
 
 
-def new_entry(hello: WorkerHello, generation: int) -> Entry:
+def new_spec(hello: WorkerHello, slice_bytes: int) -> JobSpec:
+    """The specification of a job that `hello` begins.
+
+    Args:
+        hello: the first worker's.
+        slice_bytes: the cluster's default, where the worker leaves it open.
+
+    Raises:
+        InvalidRequest: it cannot be right.
+    """
+    validate_spec(hello.spec)
+    if hello.spec.slice_bytes == CLUSTER_DEFAULT:
+        return replace(hello.spec, slice_bytes=slice_bytes)
+    return hello.spec
+
+
+def new_entry(hello: WorkerHello, generation: int, slice_bytes: int) -> Entry:
     """The entry of a job that `hello` begins, before its first generation.
 
     Args:
         hello: the first worker's.
         generation: the highest that any member has promised for a job of this name.
+        slice_bytes: the cluster's default.
 
     Raises:
         InvalidRequest: the name or the specification cannot be right.
     """
     check_name(hello.job)
-    validate_spec(hello.spec)
-    return Entry(job=hello.job, generation=generation, author="", spec=hello.spec)
+    spec = new_spec(hello, slice_bytes)
+    return Entry(job=hello.job, generation=generation, author="", spec=spec)
 
 
 def check_join(membership: Membership, hello: WorkerHello) -> bool:
@@ -59,12 +77,11 @@ def check_join(membership: Membership, hello: WorkerHello) -> bool:
                 remedy="Stop them first, or choose another job=.",
                 job=job,
             )
-        validate_spec(hello.spec)
         return True
     if membership.phase is Phase.LOST:
         raise JobLost(f"job {job!r} is lost: {membership.reason}", job=job)
     if difference := first_difference(hello.spec, membership.entry.spec):
         raise ModelMismatch(f"job {job!r} trains another model: {difference}", job=job)
-    if workers >= WORKERS_PER_JOB_MAX:
+    if workers >= WORKERS_MAX:
         raise Overloaded(f"job {job!r} has {workers} workers, the most that are allowed")
     return False

@@ -37,6 +37,7 @@ from adashard.wire.placement import cut
 from adashard_server.cluster.instructions import Announce, HangUp, Instruction, StepDown, Swap, Tell
 from adashard_server.cluster.planner import place
 from adashard_server.cluster.recovery import Lost, reconcile
+from adashard_server.cluster.registry import ABSENT
 
 REPEAT_S = 1.0  # after which an unanswered freeze, plan or open is sent again
 
@@ -155,6 +156,10 @@ class Membership:
         if standing.leaving and member in self.worker_ids() and member not in self._leaving:
             self._leaving.add(member)
             self._wanted = True
+        if not self.entry.author and self.phase is Phase.IDLE:
+            # A job of this name was there before a coordinator that kept it in memory: go on above.
+            highest = max(self.entry.generation, standing.generation)
+            self.entry = replace(self.entry, generation=highest)
         if standing.generation > self.entry.generation and self.phase is not Phase.SWAPPING:
             return [StepDown(f"a member has promised generation {standing.generation}")]
         if (
@@ -313,7 +318,7 @@ class Membership:
         return place(sizes, ids, previous=before)
 
     def _write(self, entry: Entry) -> Swap:
-        expected = (self.entry.generation, self.entry.author)
+        expected = (self.entry.generation, self.entry.author) if self.entry.author else ABSENT
         self._writes += 1
         self._pending = replace(entry, author=f"{self.author}/{self._writes}")
         return Swap(self._pending, expected)
@@ -326,13 +331,14 @@ class Membership:
         return self._unanswered()
 
     def _lost_slice(self, lost: Lost) -> list[Instruction]:
-        """State is gone (C5): a lineage never opened is chosen anew, otherwise the job stops."""
+        """State is gone (C5): a lineage never opened is chosen anew, otherwise the job stops.
+
+        The next worker that has its initial weights begins the job, be it there already or not.
+        """
         if not self.entry.opened:
-            fresh = {member for member, answer in self._answers.items() if answer.fresh}
             self.entry = replace(self.entry, lineage=None)
             self.phase, self._wanted = Phase.IDLE, True
-            if fresh:
-                return []
+            return []
         piece = cut(self.entry.spec)[lost.slice_index]
         name = self.entry.spec.parameters[piece.parameter].name
         return self._lose(

@@ -53,7 +53,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(BYTES, size.width)
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
         self.norm = _norm(size.width)
-        self.head = _linear(size.width, BYTES)
+        self.head = _linear(size.width, BYTES, scale=1 / 3)  # small: a new model guesses evenly
 
     def forward(self, window_BT: Tensor) -> Tensor:
         """Reads int64 (B, T), T at most `size.context`; returns float32 logits (B, T, 256)."""
@@ -163,7 +163,7 @@ def _norm(width: int) -> nn.Module:
     return nn.LayerNorm(width, bias=False)
 
 
-def _linear(inputs: int, outputs: int) -> nn.Linear:
+def _linear(inputs: int, outputs: int, *, scale: float = 1.0) -> nn.Linear:
     layer = nn.Linear(inputs, outputs, bias=False)
-    nn.init.normal_(layer.weight, std=1 / math.sqrt(inputs))
+    nn.init.normal_(layer.weight, std=scale / math.sqrt(inputs))
     return layer

@@ -49,7 +49,7 @@ class Story:
             steps=self._tasks[0].steps,
             loss=sum(self._losses) / len(self._losses),
             steps_per_s=self._steps_per_s(),
-            state_bytes=figures.state_bytes if figures else None,
+            state_bytes=(figures.state_bytes or None) if figures else None,
         )
 
     def summary(self, figures: Figures, shards: int) -> Summary:

@@ -37,6 +37,7 @@ log = logging.getLogger("adashard.membership")
 TICK_S = 0.1
 OUTBOX_MAX = 1000
 _RETRY_S = 1.0
+_FOREVER = 2**31 - 1  # above every generation: the member is told to go whatever it has promised
 
 Telemetry = StepSummary | Logged
 _Outbox = asyncio.Queue[FromCoordinator | None]
@@ -86,7 +87,11 @@ class CoordinatorService(CoordinatorServiceServicer):
         context: aio.ServicerContext[AttendRequest, AttendResponse],
     ) -> AsyncIterator[AttendResponse]:
         """See protos/adashard/wire/v1/coordinator.proto."""
-        hello = await _hello(request_iterator)
+        try:
+            hello = await _hello(request_iterator)
+        except AdashardError as error:
+            yield codec.pack(Bye(job="", generation=_FOREVER, error=error.info()))
+            return
         outbox: _Outbox = asyncio.Queue(OUTBOX_MAX)
         try:
             instructions = self._coordinator.hello(hello, self._clock())
@@ -119,7 +124,7 @@ class CoordinatorService(CoordinatorServiceServicer):
                 self._carry_out(self._coordinator.handle(member, message, self._clock()))
         except AdashardError as error:
             log.warning("member %s is cut off: %s", member, error.message)
-            _put(outbox, Bye(job="", generation=2**31 - 1, error=error.info()))
+            _put(outbox, Bye(job="", generation=_FOREVER, error=error.info()))
         except aio.AioRpcError as error:
             log.debug("the stream of member %s broke: %s", member, error.code())
         except Exception:

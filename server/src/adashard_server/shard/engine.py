@@ -15,12 +15,12 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from adashard.wire.errors import InvalidFrame, StaleGeneration
+from adashard.wire.errors import InvalidFrame, InvalidRequest, StaleGeneration
 from adashard.wire.frames import Extent, cut_runs, data_frame
 from adashard.wire.messages import (
     Acknowledge,
@@ -54,9 +54,10 @@ _LOOK_UP_S = 1.0  # how often a waiting thread looks whether its caller is still
 
 @dataclass(slots=True)
 class _Upload:
-    """Slices of an upload that are not whole yet: how many elements have come."""
+    """How many elements of each slice have come, and those of slices that are not whole yet."""
 
-    came: dict[int, int]
+    came: dict[int, int] = field(default_factory=dict)
+    torn: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Engine:
@@ -92,11 +93,11 @@ class Engine:
             answer = self._rounds.freeze(entry)
             if isinstance(answer, Stale):
                 return answer
-            if spec != entry.spec:
-                self._store = None
             self._streams.clear()
             self._turn.notify_all()
             self._turn.wait_for(lambda: not self._busy)
+            if spec != entry.spec:
+                self._store = None
             return self._rounds.freeze(entry)
 
     def plan(self, plan: Plan) -> bool:
@@ -138,12 +139,14 @@ class Engine:
                 self._check_upload(begin)
                 self._wait(alive)
             self._check_upload(begin)
-            return _Upload(came={})
+            return _Upload()
 
     def upload_piece(
         self, upload: _Upload, begin: UploadBegin, run: Run, buffer: memoryview
     ) -> bool:
         """Takes elements of a slice, in order; whether all placed here are at their target now.
+
+        A slice changes as a whole, once: an upload that breaks off, or is repeated, tears nothing.
 
         Raises:
             StaleGeneration: another generation is promised, or it is open already.
@@ -155,12 +158,17 @@ class Engine:
             came = upload.came.get(run.slice, 0)
             if run.start != came or came + run.count > count:
                 raise InvalidFrame(f"slice {run.slice} goes on at element {came}, not {run.start}")
-            store = self._held()
-            weight = store.weight(run.slice) if came else store.new(run.slice)
-            weight[came : came + run.count].copy_(from_buffer(buffer, run.dtype))
-            upload.came[run.slice] = came + run.count
-            if came + run.count == count:
-                self._rounds.uploaded(run.slice, begin.version)
+            upload.came[run.slice] = came = came + run.count
+            if self._rounds.lacks(run.slice, begin.version):
+                if run.slice not in upload.torn:
+                    upload.torn[run.slice] = torch.empty(
+                        count, dtype=torch.float32, device=self._device
+                    )
+                weight = upload.torn[run.slice]
+                weight[run.start : came].copy_(from_buffer(buffer, run.dtype))
+                if came == count:
+                    self._held().put(run.slice, upload.torn.pop(run.slice))
+                    self._rounds.uploaded(run.slice, begin.version)
             return self._rounds.planned
 
     # --- a step ---------------------------------------------------------------------------------
@@ -299,17 +307,22 @@ class Engine:
         while todo:
             instruction = todo.pop(0)
             if isinstance(instruction, Measure):
-                squares = self._measure(instruction.slices)
-                with self._turn:
-                    todo += self._rounds.measured(squares)
+                for index in instruction.slices:
+                    todo += self._measure(index)
             elif isinstance(instruction, Send):
                 self._send(instruction)
             elif isinstance(instruction, Committed):
                 self._committed(instruction.record)
 
-    def _measure(self, indices: Sequence[int]) -> dict[int, float]:
-        store = self._held()
-        return {index: store.squared_sum(index) for index in indices}
+    def _measure(self, index: int) -> list[Instruction]:
+        """Takes the squared sum of a slice, while nobody adds to it."""
+        with self._turn:
+            self._turn.wait_for(lambda: index not in self._busy)
+            self._busy.add(index)
+        with self._working_on(index):
+            squared = self._held().squared_sum(index)
+            with self._turn:
+                return self._rounds.measured({index: squared})
 
     def _send(self, send: Send) -> None:
         with self._turn:
@@ -331,6 +344,8 @@ class Engine:
             self._deliver(report)
         except StaleGeneration:
             log.debug("a report of generation %d came too late", report.generation)
+        except InvalidRequest as error:
+            log.warning("%s", error.message)
 
     def _committed(self, record: Record) -> None:
         with self._turn:

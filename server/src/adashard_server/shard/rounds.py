@@ -98,7 +98,7 @@ class Rounds:
             return Stale(job=entry.job, promised=self.promised)
         if entry.generation > self.promised:
             if self.entry is None or self.entry.spec != entry.spec:
-                self.slices = cut(entry.spec)
+                self._forget(entry)
             self.entry, self.promised, self.opened = entry, entry.generation, False
             self._plan, self._placed = None, _slices_by_shard(entry)
         held = tuple(sorted(self.versions))
@@ -276,16 +276,30 @@ class Rounds:
 
         Raises:
             StaleGeneration: the report is of another generation.
+            InvalidRequest: it is not one that its sender can have made in this one.
         """
         if report.generation != self.promised or not self.opened:
             raise StaleGeneration(
                 f"a report of generation {report.generation} came to shard {self.shard}, "
                 f"which is at {self.promised}{'' if self.opened else ', frozen'}"
             )
+        self._check_report(report)
         if report.step != self._step or self._owed:
             return []
         self._reports[report.sender] = report
         return self._advance()
+
+    def _check_report(self, report: Report) -> None:
+        placed = self._placed.get(report.sender)
+        if placed != report.slices or len(report.squared_sums) != len(report.slices):
+            raise InvalidRequest(
+                f"a report of {report.sender} is not about the slices that are placed there"
+            )
+        if report.workers != self.order:
+            raise InvalidRequest(
+                f"a report of {report.sender} sums {len(report.workers)} workers and not the "
+                f"{len(self.order)} of generation {self.promised}"
+            )
 
     def own_report(self, step: int) -> Report | None:
         """This shard's report of `step`, kept until its next, also after the commit (S6)."""
@@ -322,6 +336,13 @@ class Rounds:
         )
 
     # --- inside ---------------------------------------------------------------------------------
+
+    def _forget(self, entry: Entry) -> None:
+        """Drops everything: the job begins anew, as another model."""
+        self.slices, self.lineage = cut(entry.spec), 0
+        self.record, self.order = None, ()
+        self.versions.clear()
+        self._collect(0)
 
     def _collect(self, step: int) -> None:
         """Begins to collect `step` with nothing in the sums."""

@@ -23,6 +23,8 @@ from adashard.wire.placement import Slice
 from adashard_server.optim import adafactor
 from adashard_server.optim.factored import Axes, factored_axes
 
+_PIECE = 1 << 16
+
 _DECAY_MODES: dict[WeightDecayMode, Literal["alpha", "lr", "plain"]] = {
     WeightDecayMode.ALPHA: "alpha",
     WeightDecayMode.LR: "lr",
@@ -45,18 +47,16 @@ class SliceStore:
         self._states: dict[int, adafactor.State] = {}
         self._sums: dict[int, Tensor] = {}
 
-    def new(self, index: int) -> Tensor:
-        """Makes room for a slice with fresh optimizer state; its flat weights, to be filled."""
+    def put(self, index: int, weight: Tensor) -> None:
+        """Takes a whole slice with fresh optimizer state; `weight`, flat float32, is owned then."""
         piece = self._slices[index]
-        weight = torch.zeros(piece.shape, dtype=torch.float32, device=self.device)
-        self._weights[index] = weight
+        self._weights[index] = weight.view(piece.shape)
         self._states[index] = adafactor.new_state(
             piece.shape,
             self._axes(index),
             momentum=self._layout(index).momentum,
             device=self.device,
         )
-        return weight.view(-1)
 
     def keep(self, indices: frozenset[int]) -> None:
         """Drops every slice that is not in `indices`."""
@@ -92,8 +92,13 @@ class SliceStore:
 
     def squared_sum(self, index: int) -> float:
         """The sum of squares of a slice's full sum, in float64; not finite if an element is not."""
-        norm = torch.linalg.vector_norm(self._sums[index], dtype=torch.float64)
-        return float(norm) ** 2
+        # In pieces counted from the slice's start: a float64 copy of the whole would be twice its
+        # size, and the order of the additions is the same on every machine with this torch.
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for piece in self._sums[index].split(_PIECE):
+            wide = piece.double()
+            total += torch.dot(wide, wide)
+        return float(total)
 
     def apply(self, index: int, record: Record) -> adafactor.Measures:
         """Takes the step of `record` with the slice's sum, in place on weights, state and sum."""

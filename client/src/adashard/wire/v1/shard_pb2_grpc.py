@@ -33,7 +33,7 @@ class ShardServiceServicer(object):
 
     def PushPull(self, request_iterator, context):
         """One stream per shard and step: Begin, gradient frames; Acknowledge, Record, weight frames. Idempotent by
-        (job, worker, step). Errors: StaleGeneration, InvalidFrame, UnknownJob, Draining.
+        (job, worker, step). Errors: StaleGeneration, InvalidFrame, InvalidRequest, Draining, Overloaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -26,7 +26,7 @@ class ShardServiceStub:
         adashard.wire.v1.shard_pb2.Frame,
     ]
     """One stream per shard and step: Begin, gradient frames; Acknowledge, Record, weight frames. Idempotent by
-    (job, worker, step). Errors: StaleGeneration, InvalidFrame, UnknownJob, Draining.
+    (job, worker, step). Errors: StaleGeneration, InvalidFrame, InvalidRequest, Draining, Overloaded.
     """
 
     Upload: grpc.StreamUnaryMultiCallable[
@@ -43,7 +43,7 @@ class ShardServiceAsyncStub:
         adashard.wire.v1.shard_pb2.Frame,
     ]
     """One stream per shard and step: Begin, gradient frames; Acknowledge, Record, weight frames. Idempotent by
-    (job, worker, step). Errors: StaleGeneration, InvalidFrame, UnknownJob, Draining.
+    (job, worker, step). Errors: StaleGeneration, InvalidFrame, InvalidRequest, Draining, Overloaded.
     """
 
     Upload: grpc.aio.StreamUnaryMultiCallable[
@@ -62,7 +62,7 @@ class ShardServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[adashard.wire.v1.shard_pb2.Frame], collections.abc.AsyncIterator[adashard.wire.v1.shard_pb2.Frame]]:
         """One stream per shard and step: Begin, gradient frames; Acknowledge, Record, weight frames. Idempotent by
-        (job, worker, step). Errors: StaleGeneration, InvalidFrame, UnknownJob, Draining.
+        (job, worker, step). Errors: StaleGeneration, InvalidFrame, InvalidRequest, Draining, Overloaded.
         """
 
     @abc.abstractmethod

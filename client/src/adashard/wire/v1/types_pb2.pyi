@@ -242,7 +242,7 @@ class JobSpec(google.protobuf.message.Message):
     SLICE_BYTES_FIELD_NUMBER: builtins.int
     MIN_WORKERS_FIELD_NUMBER: builtins.int
     slice_bytes: builtins.int
-    """Bound of a slice in bytes of float32."""
+    """Bound of a slice in bytes of float32; 0 in a hello leaves it to the coordinator."""
     min_workers: builtins.int
     """Workers that must have joined before the first step."""
     @property

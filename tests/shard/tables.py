@@ -1,0 +1,229 @@
+"""Whole shards around one table: real tensors and threads, and the coordinator's part by hand."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from tests.shard import jobs
+from torch import Tensor
+
+from adashard.wire.frames import Extent, cut_runs, read_frame
+from adashard.wire.messages import (
+    Acknowledge,
+    Begin,
+    DType,
+    Entry,
+    Freeze,
+    Frozen,
+    Open,
+    Plan,
+    Planned,
+    PlanRequest,
+    Record,
+    Run,
+    StepSummary,
+    UploadBegin,
+)
+from adashard.wire.tensors import as_buffer, from_buffer, torch_dtype
+from adashard_server.shard.engine import Engine
+from adashard_server.shard.exchange import MemoryExchange, PeerExchange
+from adashard_server.shard.shard import Shard
+
+Weights = dict[int, Tensor]
+JOIN_S = 60.0  # a test that waits longer hangs
+
+
+def alive() -> bool:
+    return True
+
+
+@dataclass
+class Reply:
+    """What one stream of a worker has got."""
+
+    acknowledge: Acknowledge
+    record: Record | None
+    weights: Weights
+    unchanged: list[int]
+
+
+class Table:
+    """Shards of one job that exchange reports in memory unless told otherwise."""
+
+    def __init__(self, names: Sequence[str] = ("s0",), exchange: PeerExchange | None = None):
+        self.exchange = exchange or MemoryExchange()
+        self.told: list[Planned | StepSummary] = []
+        ticks = itertools.count()
+        self.shards = {
+            name: Shard(
+                name,
+                torch.device("cpu"),
+                self.exchange,
+                clock=lambda: float(next(ticks)),
+                tell=self.told.append,
+            )
+            for name in names
+        }
+        if isinstance(self.exchange, MemoryExchange):
+            for name, shard in self.shards.items():
+                self.exchange.attach(name, shard.exchange)
+
+    def freeze(self, entry: Entry) -> list[Frozen]:
+        return [shard.handle(Freeze(entry=entry)) for shard in self.shards.values()]
+
+    def plan(self, plan: Plan) -> list[Planned | None]:
+        return [shard.handle(PlanRequest(plan=plan)) for shard in self.shards.values()]
+
+    def open(self, plan: Plan, weights: Weights | None = None) -> None:
+        """All of a change of generation; `weights` are uploaded where a shard lacks them."""
+        self.freeze(plan.entry)
+        for shard, planned in zip(self.shards.values(), self.plan(plan), strict=True):
+            if planned is None:
+                assert weights is not None
+                self.upload(shard, plan, weights)
+        for shard in self.shards.values():
+            shard.handle(Open(plan=plan))
+
+    def upload(self, shard: Shard, plan: Plan, weights: Weights) -> None:
+        begin = UploadBegin(
+            job=jobs.JOB,
+            generation=plan.entry.generation,
+            sender="a",
+            receiver=shard.id,
+            version=plan.base,
+        )
+        engine = shard.upload(begin)
+        upload = engine.upload(begin, alive)
+        done = False
+        for index, weight in weights.items():
+            if plan.entry.shards[plan.entry.placement[index]].id == shard.id:
+                done = engine.upload_piece(upload, begin, *piece(index, weight))
+        shard.uploaded(begin, done)
+
+    def engine(self, name: str = "s0") -> Engine:
+        entry_begin = UploadBegin(job=jobs.JOB, generation=0, sender="", receiver=name, version=0)
+        return self.shards[name].upload(entry_begin)
+
+    def step(self, begin: Begin, gradients: Weights, borders: Sequence[int] = ()) -> Reply:
+        """One worker's step on all shards, one after the other thread by thread."""
+        from dataclasses import replace
+
+        replies: dict[str, Reply] = {}
+
+        def talk(name: str) -> None:
+            replies[name] = talked(
+                self.shards[name], replace(begin, receiver=name), gradients, borders
+            )
+
+        together(*(lambda name=name: talk(name) for name in self.shards))
+        weights = {i: w for reply in replies.values() for i, w in reply.weights.items()}
+        first = next(iter(replies.values()))
+        unchanged = [index for reply in replies.values() for index in reply.unchanged]
+        return Reply(first.acknowledge, first.record, weights, unchanged)
+
+
+def piece(index: int, values: Tensor, start: int = 0, stop: int | None = None):
+    """A run of a slice, and its bytes."""
+    flat = values.reshape(-1)[start:stop].contiguous()
+    run = Run(slice=index, start=start, count=flat.numel(), dtype=DType.FLOAT32)
+    return run, as_buffer(flat)
+
+
+def push(engine: Engine, begin: Begin, gradients: Weights, borders: Sequence[int] = ()) -> None:
+    """Sends what the push says is present and the shard holds, cut at `borders`."""
+    for index in engine._rounds.mine:
+        if index in gradients and begin.present[index >> 3] >> (index & 7) & 1:
+            count = gradients[index].numel()
+            cuts = sorted({0, count, *(border for border in borders if border < count)})
+            for start, stop in itertools.pairwise(cuts):
+                engine.push(begin, *piece(index, gradients[index], start, stop), alive)
+
+
+def talked(
+    shard: Shard, begin: Begin, gradients: Weights | None = None, borders: Sequence[int] = ()
+) -> Reply:
+    """One stream from its begin to its end, as the service carries it."""
+    engine = shard.begin(begin)
+    acknowledge = engine.begin(begin)
+    if begin.push and not acknowledge.complete:
+        push(engine, begin, gradients or {}, borders)
+    record = engine.wait_decided(begin, alive)
+    return read(acknowledge, record, engine.reply(begin, alive))
+
+
+def read(acknowledge: Acknowledge, record: Record | None, frames: Iterator[bytes]) -> Reply:
+    reply = Reply(acknowledge, record, {}, [])
+    for data in frames:
+        for run, buffer in read_frame(data).pieces():
+            if run.count == 0:
+                reply.unchanged.append(run.slice)
+                continue
+            before = reply.weights.get(run.slice, torch.empty(0, dtype=torch_dtype(run.dtype)))
+            assert run.start == before.numel()
+            reply.weights[run.slice] = torch.cat([before, from_buffer(buffer, run.dtype)])
+    return reply
+
+
+def together(*actions: Callable[[], object]) -> list[object]:
+    """Runs the actions at once, each in a thread; what each returned, or the first error."""
+    results: list[object] = [None] * len(actions)
+
+    def run(index: int) -> None:
+        try:
+            results[index] = actions[index]()
+        except BaseException as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(actions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(JOIN_S)
+    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+@dataclass
+class Waits:
+    """Tells when threads begin to wait for their turn in an engine."""
+
+    began: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def one(self) -> None:
+        """Returns once another thread waits; the lock is free then, or will be at once."""
+        assert self.began.acquire(timeout=JOIN_S), "nobody waits"
+
+
+@contextlib.contextmanager
+def watched(engine: Engine) -> Iterator[Waits]:
+    """Watches the waits of an engine: no test has to sleep until a thread waits."""
+    waits, turn = Waits(), engine._turn
+    original = turn.wait
+
+    def wait(timeout: float | None = None) -> bool:
+        waits.began.release()
+        return original(timeout)
+
+    turn.wait = wait
+    try:
+        yield waits
+    finally:
+        turn.wait = original
+
+
+def extents_of(weights: Weights) -> list[tuple[Run, ...]]:
+    """The frames that carry these slices whole."""
+    return list(
+        cut_runs(
+            Extent(index, weight.numel(), weight.shape[-1] if weight.ndim else 1, DType.FLOAT32)
+            for index, weight in weights.items()
+        )
+    )
