@@ -21,6 +21,8 @@ from adashard_server.cluster_local import ServerProcess
 
 pytestmark = pytest.mark.processes
 
+ADASHARD = (sys.executable, "-m", "adashard_server.cli")
+
 
 def alive(pid: int) -> bool:
     try:
@@ -99,8 +101,7 @@ def test_a_round_in_flight_is_finished_before_a_drained_shard_ends(caplog):
 
 def test_up_runs_until_it_is_interrupted_and_status_tells_of_it():
     up = subprocess.Popen(
-        [sys.executable, "-m", "adashard_server.cli", "up", "--shards", "2", "--port", "0"]
-        + ["--http-port", "0"],
+        [*ADASHARD, "up", "--shards", "2", "--port", "0", "--http-port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -109,8 +110,7 @@ def test_up_runs_until_it_is_interrupted_and_status_tells_of_it():
         lines = [up.stdout.readline() for _ in range(3)]
         url = re.search(r"http://\S+", lines[2]).group()
         told = subprocess.run(
-            [sys.executable, "-m", "adashard_server.cli", "status", "--format", "json"]
-            + ["--url", url],
+            [*ADASHARD, "status", "--format", "json", "--url", url],
             capture_output=True,
             text=True,
             check=True,
@@ -126,7 +126,7 @@ def test_up_runs_until_it_is_interrupted_and_status_tells_of_it():
 
 def test_an_error_at_the_start_is_told_with_its_remedy_and_exit_code_one():
     told = subprocess.run(
-        [sys.executable, "-m", "adashard_server.cli", "status", "--url", "http://127.0.0.1:9"],
+        [*ADASHARD, "status", "--url", "http://127.0.0.1:9"],
         capture_output=True,
         text=True,
         check=False,

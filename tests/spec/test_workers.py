@@ -275,3 +275,13 @@ def test_slice_bytes_are_the_clusters_where_a_job_leaves_them_open(kind):
                 step(optimizer, feed, 0)
             told = httpx.get(f"{cluster.url}/api/v1/jobs/{job}", trust_env=False).json()
             assert told["slice_bytes"] == (own or 1 << 16)
+
+
+def test_a_worker_talks_to_more_shards_at_once_than_it_has_cores():
+    start = {f"weight {index}": torch.ones(2, 2) for index in range(12)}
+    with LocalCluster(12, in_process=True) as cluster:
+        feed = Feed(start)
+        with adashard.Adafactor(feed.named(), address=cluster.address) as optimizer:
+            feed.give(start)
+            together(optimizer.step)
+            assert optimizer.global_step == 1

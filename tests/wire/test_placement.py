@@ -129,7 +129,7 @@ def test_a_job_within_the_limits_is_accepted(spec: JobSpec):
         (job(WEIGHT, slice_bytes=SLICE_BYTES_MIN - 1), InvalidRequest, "slice_bytes is 4095"),
         (job(WEIGHT, slice_bytes=SLICE_BYTES_MAX + 1), InvalidRequest, "slice_bytes is"),
         (job(WEIGHT, min_workers=0), InvalidRequest, "min_workers is 0; 1 to 64 are allowed"),
-        (job(WEIGHT, min_workers=WORKERS_MAX + 1), InvalidRequest, "min_workers is 1025"),
+        (job(WEIGHT, min_workers=WORKERS_MAX + 1), InvalidRequest, "min_workers is 65"),
         (job(WEIGHT, BIAS, WEIGHT), InvalidRequest, "0 and 2 have the same name 'weight'"),
         (job(tensor("")), InvalidRequest, "name of parameter 0 has 0 characters"),
         (job(tensor("n" * (NAME_LENGTH_MAX + 1))), InvalidRequest, "has 513 characters"),
