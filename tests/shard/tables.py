@@ -6,13 +6,13 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from tests.shard import jobs
 from torch import Tensor
 
-from adashard.wire.frames import Extent, cut_runs, read_frame
+from adashard.wire.frames import read_frame
 from adashard.wire.messages import (
     Acknowledge,
     Begin,
@@ -57,6 +57,7 @@ class Table:
 
     def __init__(self, names: Sequence[str] = ("s0",), exchange: PeerExchange | None = None):
         self.exchange = exchange or MemoryExchange()
+        self.entry: Entry | None = None
         self.told: list[Planned | StepSummary] = []
         ticks = itertools.count()
         self.shards = {
@@ -81,6 +82,7 @@ class Table:
 
     def open(self, plan: Plan, weights: Weights | None = None) -> None:
         """All of a change of generation; `weights` are uploaded where a shard lacks them."""
+        self.entry = plan.entry
         self.freeze(plan.entry)
         for shard, planned in zip(self.shards.values(), self.plan(plan), strict=True):
             if planned is None:
@@ -101,24 +103,29 @@ class Table:
         upload = engine.upload(begin, alive)
         done = False
         for index, weight in weights.items():
-            if plan.entry.shards[plan.entry.placement[index]].id == shard.id:
+            if self.owner(index, plan.entry) == shard.id:
                 done = engine.upload_piece(upload, begin, *piece(index, weight))
         shard.uploaded(begin, done)
 
+    def owner(self, index: int, entry: Entry | None = None) -> str:
+        """The shard on which a slice is placed."""
+        entry = entry or self.entry
+        assert entry is not None
+        return entry.shards[entry.placement[index]].id
+
     def engine(self, name: str = "s0") -> Engine:
-        entry_begin = UploadBegin(job=jobs.JOB, generation=0, sender="", receiver=name, version=0)
-        return self.shards[name].upload(entry_begin)
+        """The engine of the job on one shard."""
+        begin = UploadBegin(job=jobs.JOB, generation=0, sender="", receiver=name, version=0)
+        return self.shards[name].upload(begin)
 
     def step(self, begin: Begin, gradients: Weights, borders: Sequence[int] = ()) -> Reply:
-        """One worker's step on all shards, one after the other thread by thread."""
-        from dataclasses import replace
-
+        """One worker's step, with a thread for each shard."""
         replies: dict[str, Reply] = {}
 
         def talk(name: str) -> None:
-            replies[name] = talked(
-                self.shards[name], replace(begin, receiver=name), gradients, borders
-            )
+            mine = {i: one for i, one in gradients.items() if self.owner(i) == name}
+            to_shard = replace(begin, receiver=name)
+            replies[name] = talked(self.shards[name], to_shard, mine, borders)
 
         together(*(lambda name=name: talk(name) for name in self.shards))
         weights = {i: w for reply in replies.values() for i, w in reply.weights.items()}
@@ -135,13 +142,12 @@ def piece(index: int, values: Tensor, start: int = 0, stop: int | None = None):
 
 
 def push(engine: Engine, begin: Begin, gradients: Weights, borders: Sequence[int] = ()) -> None:
-    """Sends what the push says is present and the shard holds, cut at `borders`."""
-    for index in engine._rounds.mine:
-        if index in gradients and begin.present[index >> 3] >> (index & 7) & 1:
-            count = gradients[index].numel()
-            cuts = sorted({0, count, *(border for border in borders if border < count)})
-            for start, stop in itertools.pairwise(cuts):
-                engine.push(begin, *piece(index, gradients[index], start, stop), alive)
+    """Sends gradients of slices that the shard holds, each cut at `borders`."""
+    for index, gradient in gradients.items():
+        count = gradient.numel()
+        cuts = sorted({0, count, *(border for border in borders if border < count)})
+        for start, stop in itertools.pairwise(cuts):
+            engine.push(begin, *piece(index, gradient, start, stop), alive)
 
 
 def talked(
@@ -217,13 +223,3 @@ def watched(engine: Engine) -> Iterator[Waits]:
         yield waits
     finally:
         turn.wait = original
-
-
-def extents_of(weights: Weights) -> list[tuple[Run, ...]]:
-    """The frames that carry these slices whole."""
-    return list(
-        cut_runs(
-            Extent(index, weight.numel(), weight.shape[-1] if weight.ndim else 1, DType.FLOAT32)
-            for index, weight in weights.items()
-        )
-    )

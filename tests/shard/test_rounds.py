@@ -543,6 +543,29 @@ def test_a_shard_without_slices_commits_nothing():
     assert node.records == []
 
 
+def test_a_shard_without_slices_follows_the_others():
+    entry = jobs.entry(SPEC, shards=("s0", "s1"), placement=(0, 0, 0))
+    node = Node("s1")
+    node.open(jobs.plan(entry))
+    later = dataclasses.replace(entry, generation=2)
+    node.open(jobs.plan(later, base=4))
+    assert node.begin(jobs.begin(later, "a", 4, push=False, receiver="s1"))
+
+
+def test_an_addition_that_was_under_way_at_a_freeze_counts():
+    node = opened()
+    begin = jobs.begin(node.rounds.entry, "a", present=[0])
+    node.begin(begin)
+    later = jobs.entry(SPEC, generation=2)
+    node.rounds.freeze(later)
+    assert node.rounds.added(begin, 0, 6) == []
+    frozen = node.rounds.freeze(later)
+    assert isinstance(frozen, Frozen)
+    assert frozen.sums == (FullSums(step=1, workers=("a",), slices=(0, 1, 2)),)
+    node.carry_out(node.rounds.open(jobs.plan(later)))
+    assert len(node.records) == 1
+
+
 def test_sums_that_were_measured_too_late_are_not_believed():
     node = opened(workers="ab")
     assert node.rounds.measured({0: 1.0, 1: 2.0}) == []
@@ -686,12 +709,13 @@ def test_clipping_may_be_off():
     "changes",
     [
         {"sender": "s7"},
+        {"sender": "s0", "slices": (0, 2), "squared_sums": (1.0, 1.0)},
         {"slices": (1,), "squared_sums": ()},
         {"slices": (0, 1), "squared_sums": (1.0, 1.0)},
         {"slices": (), "squared_sums": ()},
         {"workers": ("a", "b")},
     ],
-    ids=["nobody", "torn", "slices of others", "slices missing", "other workers"],
+    ids=["nobody", "itself", "torn", "slices of others", "slices missing", "other workers"],
 )
 def test_a_report_that_does_not_fit_the_generation_is_refused_and_leaves_nothing(changes):
     entry = jobs.entry(SPEC, shards=("s0", "s1"))

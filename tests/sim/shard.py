@@ -196,6 +196,7 @@ class SimShard(Member):
         for index in wanted:
             yield self.loop.rng.choice([0.0, 0.0, APPLY_S])
             self._settle(index)
+            self._check_stream(begin)
             if one_behind and not self.rounds.updates(index):
                 stream.down.send((Run(slice=index, start=0, count=0, dtype=DType.FLOAT32), None))
                 continue

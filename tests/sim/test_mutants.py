@@ -16,7 +16,7 @@ from adashard_server.cluster.membership import Membership, Surroundings
 from adashard_server.shard.instructions import Add, Admission, Wait
 from adashard_server.shard.rounds import Rounds
 
-SEEDS = range(150)
+SEEDS = range(300)
 
 Patch = pytest.MonkeyPatch
 

@@ -162,6 +162,7 @@ class ServerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # a Ctrl-C in the terminal is for the parent, which ends us
         )
 
     @property

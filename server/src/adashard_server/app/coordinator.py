@@ -105,10 +105,9 @@ class CoordinatorProcess:
         if isinstance(telemetry, Logged):
             self._history.log(telemetry)
             return
-        jobs = {job.name: job for job in self._view.job_statistics()}
-        if telemetry.job not in jobs:
+        shards = self._view.holder_count(telemetry.job)
+        if not shards:
             return
-        shards = max(1, jobs[telemetry.job].shard_count)
         point = self._history.add(member, telemetry, shard_count=shards, now_s=time.time())
         if point is not None:
             self.metrics.observe(telemetry.job, point)

@@ -86,6 +86,11 @@ class CoordinatorView:
         """All jobs, by name."""
         return [self._job(name, one) for name, one in sorted(self._coordinator.jobs.items())]
 
+    def holder_count(self, job: str) -> int:
+        """How many shards hold slices of a job; 0 for one that is not there."""
+        membership = self._coordinator.jobs.get(job)
+        return len(set(membership.entry.placement)) if membership else 0
+
     def events(self, after: int = 0, job: str | None = None) -> list[Event]:
         """Events with a sequence number above `after`, oldest first."""
         return [

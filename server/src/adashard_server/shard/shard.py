@@ -107,7 +107,8 @@ class Shard:
             Draining: this shard takes no new round.
         """
         engine = self._engine(begin.job, begin.receiver)
-        if self._draining and begin.push and not engine.collecting:
+        fresh = begin.push and begin.step > engine.version
+        if self._draining and fresh and not engine.collecting:
             raise Draining(f"shard {self.id} is draining and begins no new round")
         return engine
 
