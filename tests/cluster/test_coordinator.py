@@ -19,7 +19,6 @@ from adashard.wire.errors import (
     from_info,
 )
 from adashard.wire.messages import (
-    Bye,
     Entry,
     Freeze,
     FromMember,
@@ -161,7 +160,7 @@ def test_without_the_clusters_token_nobody_is_let_in(token: str):
 
 
 def test_another_version_is_refused_by_both_numbers():
-    with pytest.raises(VersionSkew, match="the shard has adashard '9.0.0'"):
+    with pytest.raises(VersionSkew, match=r"the shard has adashard '9\.0\.0'"):
         Bench().hello(replace(a_shard(), version="9.0.0"))
 
 
@@ -334,6 +333,9 @@ def test_messages_about_an_unknown_job_lead_to_nothing():
         Stale(job="job", promised=9),
     ):
         assert bench.says("shard-00", message) == []
+    bench.hello(a_worker())
+    elsewhere = Standing(job="another", generation=0, version=-1)
+    assert bench.says("worker-0", Renewal(standings=(elsewhere,))) == []
 
 
 def test_a_job_of_a_known_name_begins_above_what_its_shards_have_promised():

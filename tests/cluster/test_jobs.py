@@ -57,7 +57,9 @@ def test_a_name_that_can_be_shown_is_a_name(name: str):
     check_name(name)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", " run", "run ", "a\nb", "a\0b", "x" * (JOB_NAME_MAX + 1)])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", " run", "run ", "a\nb", "a\0b", "x" * (JOB_NAME_MAX + 1)]
+)
 def test_a_name_that_cannot_be_shown_is_refused(name: str):
     with pytest.raises(InvalidRequest, match="is not a name"):
         check_name(name)

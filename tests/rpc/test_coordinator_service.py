@@ -25,7 +25,8 @@ from adashard.wire.messages import (
     Welcome,
     WorkerHello,
 )
-from adashard.wire.v1.coordinator_pb2 import AttendResponse
+from adashard.wire.v1 import coordinator_pb2
+from adashard.wire.v1.coordinator_pb2 import AttendRequest, AttendResponse
 from adashard.wire.version import VERSION
 from adashard_server.cluster.coordinator import Coordinator
 from adashard_server.cluster.leases import LeaseSettings
@@ -37,6 +38,9 @@ from adashard_server.rpc.coordinator_service import CoordinatorService
 pytestmark = pytest.mark.asyncio
 
 TOKEN = "secret"
+WITHOUT_A_SPEC = AttendRequest(
+    hello=coordinator_pb2.Hello(worker=coordinator_pb2.WorkerHello(job="j"))
+).SerializeToString()
 
 
 class Desk:
@@ -153,7 +157,7 @@ async def test_a_version_too_far_away_is_refused_and_both_are_named(desk, versio
     assert repr(VERSION) in error.message
 
 
-@pytest.mark.parametrize("data", [b"", b"\xfa\x06\x00", b"\x0a\x02\x2a\x00"])
+@pytest.mark.parametrize("data", [b"", b"\xfa\x06\x00", WITHOUT_A_SPEC])
 async def test_a_message_of_no_meaning_is_refused(desk, data):
     bye = await answer_to(desk, data)
     assert isinstance(from_info(bye.error), InvalidRequest)

@@ -145,7 +145,9 @@ class Cluster:
         return [worker for worker in self.workers if worker.alive]
 
     def _begin_worker(self) -> None:
-        leave_at = self._rng.randint(0, 20) if self.loop.rough and self._rng.random() < 0.3 else None
+        leave_at = (
+            self._rng.randint(0, 20) if self.loop.rough and self._rng.random() < 0.3 else None
+        )
         name = f"worker-{len(self.workers):03}"
         self.trace("FAULT %s begins, leaves at %s", name, leave_at)
         self.workers.append(SimWorker(self.loop, name, self, leave_at=leave_at))
@@ -174,7 +176,9 @@ class Cluster:
         self.loop.rough = False
         while sum(worker.leave_at is None for worker in self._live()) < self.spec.min_workers:
             self._begin_worker()
-        self._target = max(0, *(shard.rounds.version for shard in self.shards.values())) + STEPS_AFTER
+        self._target = (
+            max(0, *(shard.rounds.version for shard in self.shards.values())) + STEPS_AFTER
+        )
         self.trace("HEALED, target %d", self._target)
 
     def _finished(self) -> bool:
@@ -213,14 +217,13 @@ class Cluster:
 
     def check_told(self, member: str, message: FromCoordinator) -> None:
         """A leaver goes only when nobody who stays has less than it (C8)."""
-        if isinstance(message, Bye) and message.error is None:
-            held = {worker.name: worker.worker for worker in self._live()}
-            leaver = held.get(member)
-            membership = self.coordinator.coordinator.jobs[self.job]
-            for other in membership.entry.workers:
-                if leaver and other.id in held and not other.leaving and other.id != member:
-                    if held[other.id].version < leaver.version:
-                        raise Violation(f"{member} is let go before {other.id} has its version")
+        held = {worker.name: worker.worker.version for worker in self._live()}
+        if not isinstance(message, Bye) or message.error is not None or member not in held:
+            return
+        for other in self.coordinator.coordinator.jobs[self.job].entry.workers:
+            stays = other.id != member and not other.leaving
+            if stays and held.get(other.id, held[member]) < held[member]:
+                raise Violation(f"{member} is let go before {other.id} has its version")
 
     def check_took(self, worker: SimWorker) -> None:
         """A worker that has taken a step holds one version, and the record of it."""

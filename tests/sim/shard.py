@@ -226,7 +226,9 @@ class SimShard(Member):
 
     def _measured(self, slices: tuple[int, ...]) -> None:
         squares = {
-            index: 1.0 if all(g.finite for total in self.sums[index] for g in total) else float("nan")
+            index: 1.0
+            if all(g.finite for total in self.sums[index] for g in total)
+            else float("nan")
             for index in slices
         }
         self._carry_out(self.rounds.measured(squares))

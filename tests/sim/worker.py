@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
@@ -89,7 +90,9 @@ class SimWorker(Member):
                 yield from self._step(self._compute())
         except AdashardError as error:
             if not isinstance(error, LeaseExpired):
-                raise Violation(f"{self.name} is refused, without fault of its own: {error}") from error
+                raise Violation(
+                    f"{self.name} is refused, without fault of its own: {error}"
+                ) from error
             self.kill()
             return
         self.worker.leaving = True
@@ -227,7 +230,12 @@ class SimWorker(Member):
             raise Violation(f"{begin.receiver} ended a reply to {self.name} too early")
 
     def _feed(
-        self, stream: Stream, reading: Reading, slices: list[int], push: Gradient | None, first: bool
+        self,
+        stream: Stream,
+        reading: Reading,
+        slices: list[int],
+        push: Gradient | None,
+        first: bool,
     ) -> Task:
         if push is not None:
             if not first:
@@ -331,8 +339,6 @@ class SimWorker(Member):
                 stream.up.send((run, self.values[index][run.start]))
                 yield self.loop.rng.uniform(0.0, 0.01)
         stream.up.send(END)
-        try:
+        with contextlib.suppress(Broken):
             yield from stream.down.next()
-        except Broken:
-            pass
         self.streams.pop(stream, None)

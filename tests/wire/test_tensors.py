@@ -78,3 +78,12 @@ def test_a_row_major_tensor_is_flattened_without_a_copy():
 def test_a_tensor_of_another_layout_is_flattened_row_by_row():
     matrix = torch.arange(6.0).reshape(3, 2).t()
     assert flat_on_cpu(matrix).tolist() == [0.0, 2.0, 4.0, 1.0, 3.0, 5.0]
+
+
+@pytest.mark.parametrize("tensor", [torch.arange(6.0)[::2], torch.ones(()).expand(3)])
+def test_a_tensor_with_gaps_or_repetitions_is_flattened_into_one_piece(tensor):
+    flat = flat_on_cpu(tensor)
+    assert flat.is_contiguous()
+    assert bytes(as_buffer(flat)) == bytes(
+        as_buffer(tensor.clone(memory_format=torch.contiguous_format))
+    )

@@ -107,7 +107,7 @@ class Routing:
         if data.is_contiguous():
             return data.view(-1)
         if index not in self._staged:
-            self._staged[index] = data.reshape(-1)
+            self._staged[index] = data.reshape(-1).contiguous()
         return self._staged[index]
 
     def _unstage(self, run: Run, parameter: Tensor) -> None:

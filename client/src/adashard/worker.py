@@ -143,8 +143,11 @@ class Worker:
         """The record of `step` has come, from one shard or another.
 
         Raises:
+            InvalidFrame: it is the record of another step.
             Internal: another shard has sent another one; nobody can say which is right.
         """
+        if record.step != step:
+            raise InvalidFrame(f"the record of step {record.step} came in a reply for {step}")
         known = self._incoming
         if known is not None and known.step == step and known != record:
             raise Internal(f"two shards of job {self.job!r} have different records of step {step}")
@@ -154,16 +157,19 @@ class Worker:
         """Elements are about to be written: the slice is torn until it is whole (W6).
 
         Raises:
-            InvalidFrame: they do not go on where the ones before ended.
+            InvalidFrame: they do not go on where the ones before ended, or a slice that is not
+                whole is said to be unchanged.
         """
         if not 0 <= run.slice < len(self._slices):
             raise InvalidFrame(f"there is no slice {run.slice}; the job has {len(self._slices)}")
+        if run.count == 0 and self._versions[run.slice] < 0:
+            raise InvalidFrame(f"slice {run.slice} is said to be unchanged, and is not whole here")
         if run.count == 0:
             return
         came = 0 if run.start == 0 else self._came.get(run.slice, 0)
         if run.start != came or run.start + run.count > self._slices[run.slice].element_count:
             raise InvalidFrame(f"a reply goes on at element {came}, not so: {run}")
-        self._versions[run.slice] = -1
+        self._versions[run.slice], self._fresh = -1, False
         self._came[run.slice] = came + run.count
 
     def wrote(self, run: Run, step: int) -> None:

@@ -60,7 +60,7 @@ def from_buffer(buffer: memoryview, dtype: DType) -> Tensor:
 
 def flat_on_cpu(tensor: Tensor) -> Tensor:
     """`tensor` in row-major order on the CPU, flat; a view where that is possible."""
-    return tensor.detach().reshape(-1).cpu()
+    return tensor.detach().reshape(-1).contiguous().cpu()
 
 
 # torch warns once a process about tensors over read-only memory; ours are never written to.

@@ -49,6 +49,7 @@ from adashard_server.shard.stopwatch import Stopwatch
 log = logging.getLogger("adashard.rounds")
 
 Alive = Callable[[], bool]
+Check = Callable[[], None]
 _LOOK_UP_S = 1.0  # how often a waiting thread looks whether its caller is still there
 
 
@@ -109,7 +110,7 @@ class Engine:
         with self._turn:
             self._rounds.plan(plan)
             self._turn.notify_all()
-        self._settle_all()
+        self._settle_all(lambda: self._rounds.check_promised(plan.entry.generation))
         with self._turn:
             return self._rounds.planned
 
@@ -183,7 +184,7 @@ class Engine:
             InvalidRequest: the worker cannot be at that step, or the push does not fit the job.
         """
         if begin.push and begin.step == self.version + 1:
-            self._settle_all()
+            self._settle_all(lambda: self._rounds.check(begin.generation, begin.sender))
         with self._turn:
             acknowledge, instructions = self._rounds.begin(begin)
             self._streams[begin.sender] = begin
@@ -353,15 +354,23 @@ class Engine:
             self._stopwatch.committed(record, sum(own.squared_sums) if own else 0.0)
             self._turn.notify_all()
 
-    def _settle_all(self) -> None:
+    def _settle_all(self, check: Check) -> None:
         for index in sorted(self._rounds.owed):
-            self._settle(index)
+            self._settle(index, check)
 
-    def _settle(self, index: int, alive: Alive = lambda: True) -> None:
-        """Has the slice take the step it owes, here or in the thread that is at it already."""
+    def _settle(self, index: int, check: Check, alive: Alive = lambda: True) -> None:
+        """Has the slice take the step it owes, here or in the thread that is at it already.
+
+        Args:
+            index: the slice.
+            check: raises where the caller's generation has ended: after a freeze has been answered
+                nothing changes until the plan says so.
+            alive: whether the caller is still there.
+        """
         with self._turn:
             while index in self._busy:
                 self._wait(alive)
+            check()
             if not self._rounds.owes(index):
                 return
             record, updates = self._rounds.record, self._rounds.updates(index)
@@ -413,7 +422,7 @@ class Engine:
                 return [], wanted
             unchanged = [index for index in wanted if not self._rounds.updates(index)]
         for index in unchanged:
-            self._settle(index)
+            self._settle(index, lambda: self._check_stream(begin))
         return unchanged, [index for index in wanted if index not in set(unchanged)]
 
     def _asked_for(self, begin: Begin, index: int) -> bool:
@@ -422,7 +431,7 @@ class Engine:
     def _extents(self, begin: Begin, indices: list[int], alive: Alive) -> Iterator[Extent]:
         """Each slice once it has taken the step, with the format of its reply."""
         for index in indices:
-            self._settle(index, alive)
+            self._settle(index, lambda: self._check_stream(begin), alive)
             piece = self._rounds.slices[index]
             dtype = begin.dtypes[piece.parameter if len(begin.dtypes) > 1 else 0]
             row = piece.shape[-1] if piece.shape else 1

@@ -120,7 +120,7 @@ class Rounds:
         Raises:
             StaleGeneration: another generation is promised.
         """
-        self._check_promised(plan.entry.generation)
+        self.check_promised(plan.entry.generation)
         if self.opened:
             return
         self._plan = plan
@@ -157,7 +157,7 @@ class Rounds:
 
     def open(self, plan: Plan) -> list[Instruction]:
         """Goes on from `plan` (S3): old reports are void, sums that still hold are kept (S4)."""
-        self._check_promised(plan.entry.generation)
+        self.check_promised(plan.entry.generation)
         if self.opened:
             return []
         self._plan, self.opened = plan, True
@@ -435,7 +435,12 @@ class Rounds:
     def _count(self, index: int) -> int:
         return self.slices[index].element_count
 
-    def _check_promised(self, generation: int) -> None:
+    def check_promised(self, generation: int) -> None:
+        """Refuses the plan of a generation that is not the promised one.
+
+        Raises:
+            StaleGeneration: it is not.
+        """
         if generation != self.promised:
             raise StaleGeneration(
                 f"shard {self.shard} has promised generation {self.promised}, not {generation}"
