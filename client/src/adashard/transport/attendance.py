@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 from adashard.retry import Backoff, repeatable
 from adashard.transport.base import ControlCall, Transport
-from adashard.wire.errors import AdashardError, CannotReachServer
+from adashard.wire.errors import AdashardError, CannotReachServer, Internal
 from adashard.wire.messages import FromCoordinator, FromMember, Hello, Renewal, Welcome
 
 log = logging.getLogger("adashard.membership")
@@ -90,6 +90,10 @@ class Attendance:
                 error: AdashardError = CannotReachServer(f"{self._address} closed the stream")
             except AdashardError as raised:
                 error = raised
+            except Exception as defect:
+                # Dying silently would leave the member's other threads waiting for ever.
+                log.exception("a message of the coordinator could not be handled")
+                error = Internal(f"a message of the coordinator could not be handled: {defect}")
             if self._closed.is_set():
                 return
             if self._stood:
