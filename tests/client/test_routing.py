@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -44,7 +46,7 @@ def received(frames) -> dict[int, Tensor]:
 def runs_of(index: int, flat: Tensor, borders: list[int]):
     """The elements of a slice, cut at `borders`, as they would arrive."""
     cuts = sorted({0, flat.numel(), *(border for border in borders if border < flat.numel())})
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in itertools.pairwise(cuts):
         part = flat[start:stop].contiguous()
         yield Run(slice=index, start=start, count=stop - start, dtype=wire_dtype(flat.dtype)), part
 

@@ -1,4 +1,4 @@
-"""The data plane over real gRPC: whatever comes, the shard lives on and nothing of it is applied."""
+"""The data plane over real gRPC: whatever comes, the shard lives on, and nothing is applied."""
 
 from __future__ import annotations
 

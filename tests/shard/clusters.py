@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 
@@ -130,7 +131,4 @@ class Cluster:
 def pieces(piece: Slice, chooser: random.Random) -> list[tuple[int, int, int]]:
     """A slice cut anywhere: (slice, start, count)."""
     borders = sorted({0, piece.element_count, *(chooser.choices(range(piece.element_count), k=2))})
-    return [
-        (piece.index, start, stop - start)
-        for start, stop in zip(borders, borders[1:], strict=False)
-    ]
+    return [(piece.index, start, stop - start) for start, stop in itertools.pairwise(borders)]

@@ -197,10 +197,9 @@ def test_who_waits_for_others_notices_that_its_caller_has_gone(monkeypatch):
         engine.push(begin, *piece(0, values(2)[0]), lambda: False)
     with pytest.raises(StaleGeneration, match="the caller has gone"):
         engine.wait_decided(begin, lambda: False)
+    engine.freeze(jobs.entry(SPEC, generation=2, workers="ab"))
+    upload = UploadBegin(job=jobs.JOB, generation=2, sender="a", receiver="s0", version=0)
     with pytest.raises(StaleGeneration, match="the caller has gone"):
-        later = jobs.entry(SPEC, generation=2, workers="ab")
-        engine.freeze(later)
-        upload = UploadBegin(job=jobs.JOB, generation=2, sender="a", receiver="s0", version=0)
         engine.upload(upload, lambda: False)
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adashard.wire.errors import InvalidFrame, UnsupportedParameter
-from adashard.wire.messages import DType
 from adashard.wire.frames import ITEM_BYTES
+from adashard.wire.messages import DType
 from adashard.wire.tensors import (
     as_buffer,
     flat_on_cpu,

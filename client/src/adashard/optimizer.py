@@ -131,7 +131,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         Args:
             **values: numbers or tensors of one element; detached and copied.
         """
-        self._logged.update({name: float(value) for name, value in values.items()})
+        for name, value in values.items():
+            self._logged[name] = float(value.detach() if isinstance(value, Tensor) else value)
         if self._session is not None:
             self._flush_log(self._session)
 

@@ -8,6 +8,7 @@ open at any time, also during forward and backward. What they share is under one
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import threading
@@ -16,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -122,6 +124,7 @@ class Session:
         self._ended: AdashardError | None = None
         self._unchanged = True  # whether all that was adopted was there before, bit for bit
         self._calls: set[Call] = set()
+        self._failed = False  # a stream of the step at hand, for good
         self._uploading = False
         self._renewed = 0.0
         self._threads = ThreadPoolExecutor(STREAMS_MAX, thread_name_prefix="adashard-stream")
@@ -162,9 +165,10 @@ class Session:
         """
         target: int | None = None
         self._unchanged = True
+        backoff = Backoff(math.inf, time.monotonic, first_s=0.01, longest_s=0.2)
         while target is None or self.version < target:
+            plan = self._wait_open()
             try:
-                plan = self._wait_open()
                 if self.version < plan.base:
                     self._take(plan, plan.base, None)
                     if target is None and not self._unchanged:
@@ -172,8 +176,10 @@ class Session:
                 else:
                     target = self.version + 1 if target is None else target
                     self._take(plan, target, push)
-            except StaleGeneration:
-                continue
+            except StaleGeneration:  # of this worker, or of a shard that has not opened it yet
+                over = partial(self._is_over, plan.entry.generation)
+                with self._changed:
+                    self._changed.wait_for(over, backoff.next_s())
         return True
 
     def log(self, values: Mapping[str, float]) -> None:
@@ -227,6 +233,7 @@ class Session:
         """
         begin = self._begin(plan.entry, step, push)
         streams: list[Future[None]] = []
+        self._failed = False
         for member, indices in self._routing.by_shard(plan.entry).items():
             behind = self._worker.behind(indices, step)
             if behind:
@@ -251,7 +258,7 @@ class Session:
                     said = True
                     log.info("job %r: step %d waits for the other workers", self.job, step)
         except BaseException:
-            self._cancel_calls()
+            self._fail()
             wait(streams)
             raise
         errors = [error for stream in streams if (error := stream.exception()) is not None]
@@ -282,14 +289,14 @@ class Session:
             try:
                 return self._stream(member, begin, slices, push, first=backoff.attempts == 0)
             except AdashardError as error:
-                wait_s = backoff.next_s()
-                if not repeatable(error) or wait_s is None:
-                    self._cancel_calls()
+                wait_s = backoff.next_s() if repeatable(error) else None
+                if wait_s is None:
+                    self._fail()
                     raise
                 log.debug("job %r: %s; attempt %d", self.job, error.message, backoff.attempts)
                 with self._changed:
-                    self._changed.wait_for(lambda: self._is_over(begin.generation), wait_s)
-                    self._worker.check(begin.generation)
+                    self._changed.wait_for(partial(self._gives_up, begin.generation), wait_s)
+                    self._check(begin.generation)
 
     def _stream(
         self,
@@ -326,6 +333,7 @@ class Session:
                 else:
                     self._received(frame, begin)
         finally:
+            call.cancel()
             acknowledged.set()
             with self._changed:
                 self._calls.discard(call)
@@ -347,13 +355,29 @@ class Session:
     def _register(self, call: Call, generation: int) -> None:
         with self._changed:
             self._calls.add(call)
-            self._worker.check(generation)
+            self._check(generation)
+
+    def _check(self, generation: int) -> None:
+        """Refuses to go on in a generation that has ended, or in a step that has failed."""
+        self._worker.check(generation)
+        if self._failed:
+            raise StaleGeneration("another stream of this step has failed")
+
+    def _fail(self) -> None:
+        """Ends all streams of this step, also those that have not begun."""
+        with self._changed:
+            self._failed = True
+            self._changed.notify_all()
+        self._cancel_calls()
 
     def _cancel_calls(self) -> None:
         with self._changed:
             calls = list(self._calls)
         for call in calls:
             call.cancel()
+
+    def _gives_up(self, generation: int) -> bool:
+        return self._failed or self._is_over(generation)
 
     def _is_over(self, generation: int) -> bool:
         plan = self._worker.plan
