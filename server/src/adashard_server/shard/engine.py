@@ -242,6 +242,8 @@ class Engine:
         """
         unchanged, wanted = self._wanted(begin)
         if unchanged:
+            with self._turn:
+                self._check_stream(begin)  # else a freeze may have undone what is said here
             yield data_frame([_whole_already(index) for index in unchanged], [])
         for runs in cut_runs(self._extents(begin, wanted, alive)):
             frame = data_frame(runs, [self._elements(run) for run in runs])
