@@ -107,12 +107,10 @@ def test_garbage_behind_a_good_begin_is_refused_and_not_applied(wire, frame):
 def test_a_server_that_met_a_tampered_header_answers_the_next_good_call(wire, frame):
     begin = wire.begin()
     call = wire.push_pull(iter([leading_frame(begin), frame]), timeout=60)
-    cut_off = threading.Thread(target=lambda: _drain(call), daemon=True)
-    cut_off.start()
+    assert isinstance(read_frame(next(call)).leading, Acknowledge)
     # What is left of the frame may be a piece of the gradient: then the push waits for the rest.
     wire.call([leading_frame(begin), gradient_frame()])
-    call.cancel()
-    cut_off.join(60)
+    _drain(call)
     assert wire.table.engine().version == begin.step
 
 

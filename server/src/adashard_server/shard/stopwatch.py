@@ -31,7 +31,7 @@ class _Step:
 
 
 class Stopwatch:
-    """Times the phases of one step after the other; the engine's lock covers every call.
+    """Times the phases of steps; the engine's lock covers every call.
 
     Phases, in seconds, of the step's time on this shard:
 
@@ -45,12 +45,14 @@ class Stopwatch:
     def __init__(self, job: str, clock: Callable[[], float]) -> None:
         self._job = job
         self._clock = clock
-        self._step: _Step | None = None
+        self._steps: dict[int, _Step] = {}
 
     def began(self, step: int) -> None:
-        """A push has begun."""
-        if self._step is None or self._step.number != step:
-            self._step = _Step(step, self._clock())
+        """A push has begun; a fast worker's may come before a slow one has its last reply."""
+        if step not in self._steps:
+            self._steps[step] = _Step(step, self._clock())
+            for old in [number for number in self._steps if number < step - 1]:
+                del self._steps[old]
 
     def received(self, step: int, size_bytes: int) -> None:
         """Elements of a gradient have come."""
@@ -96,11 +98,11 @@ class Stopwatch:
         now.replies += 1
         if now.replies < len(now.record.workers):
             return None
-        self._step = None
+        del self._steps[step]
         return self._summary(now, now.record)
 
     def _at(self, step: int) -> _Step | None:
-        return self._step if self._step is not None and self._step.number == step else None
+        return self._steps.get(step)
 
     def _summary(self, step: _Step, record: Record) -> StepSummary:
         end = self._clock()
