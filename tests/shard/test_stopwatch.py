@@ -70,3 +70,12 @@ def test_steps_whose_replies_never_ended_are_forgotten():
         watch.began(step)
     assert watch.replied(1) is None
     assert len(watch._steps) <= 2
+
+
+def test_replies_that_overtake_the_note_of_the_commit_are_counted():
+    watch = ticking()
+    watch.began(1)
+    assert watch.replied(1) is None
+    summary = watch.committed(record(1, workers=1), squared_sum=9.0)
+    assert summary is not None
+    assert summary.gradient_squared_sum == 9.0

@@ -423,6 +423,7 @@ class Session:
             case Bye(generation=generation, error=error):
                 if generation >= self._worker.promised:
                     self._end(from_info(error) if error else LeaseExpired("left the job"))
+                    self._attendance.close()  # the stream ends now, and is not missed
             case Notice(text=text):
                 log.info("job %r: %s", self.job, text)
             case Welcome(job_version=version) if version >= 0 and self._worker.promised == 0:

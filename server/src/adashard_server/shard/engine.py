@@ -353,8 +353,11 @@ class Engine:
     def _committed(self, record: Record) -> None:
         with self._turn:
             own = self._rounds.own_report(record.step)
-            self._stopwatch.committed(record, sum(own.squared_sums) if own else 0.0)
+            squared_sum = sum(own.squared_sums) if own else 0.0
+            summary = self._stopwatch.committed(record, squared_sum)
             self._turn.notify_all()
+        if summary is not None:
+            self._summarize(summary)
 
     def _settle_all(self, check: Check) -> None:
         for index in sorted(self._rounds.owed):

@@ -69,11 +69,17 @@ class Stopwatch:
         if (now := self._at(step)) is not None and now.full is None:
             now.full = self._clock()
 
-    def committed(self, record: Record, squared_sum: float) -> None:
-        """The step is decided; `squared_sum` is that of the mean gradient on this shard."""
-        if (now := self._at(record.step)) is not None:
-            now.committed, now.record = self._clock(), record
-            now.gradient_squared_sum = squared_sum
+    def committed(self, record: Record, squared_sum: float) -> StepSummary | None:
+        """The step is decided; `squared_sum` is that of the mean gradient on this shard.
+
+        Returns:
+            The summary, if the replies of the step have overtaken this.
+        """
+        if (now := self._at(record.step)) is None:
+            return None
+        now.committed, now.record = self._clock(), record
+        now.gradient_squared_sum = squared_sum
+        return self._finished(now)
 
     def applied(self, step: int, measures: Measures | None, count: int, spent_s: float) -> None:
         """A slice of `count` elements has taken the step; `measures` is None where unchanged."""
@@ -92,14 +98,16 @@ class Stopwatch:
 
     def replied(self, step: int) -> StepSummary | None:
         """A reply is whole; the summary of the step if it was the last one."""
-        now = self._at(step)
-        if now is None or now.record is None:
+        if (now := self._at(step)) is None:
             return None
         now.replies += 1
-        if now.replies < len(now.record.workers):
+        return self._finished(now)
+
+    def _finished(self, step: _Step) -> StepSummary | None:
+        if step.record is None or step.replies < len(step.record.workers):
             return None
-        del self._steps[step]
-        return self._summary(now, now.record)
+        del self._steps[step.number]
+        return self._summary(step, step.record)
 
     def _at(self, step: int) -> _Step | None:
         return self._steps.get(step)
