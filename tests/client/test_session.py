@@ -1,40 +1,30 @@
-"""A session against scripted shards and a scripted coordinator: what it does when things break."""
+"""A session: joining, and steps."""
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Callable, Iterator
 
 import pytest
-import torch
-from tests.client.fakes import WAIT_S, FakeShard, FakeTransport, honest, read, record
+from tests.client.fakes import WAIT_S, honest, read, record
+from tests.client.stage import SPEC
 from tests.shard import jobs
-from tests.shard.tables import piece, together
+from tests.shard.tables import piece
 
-from adashard import retry
-from adashard import session as session_module
-from adashard.session import Push, Session
+from adashard.session import Push
 from adashard.wire.errors import (
-    AdashardError,
     Internal,
     InvalidFrame,
     InvalidRequest,
     JobExists,
-    LeaseExpired,
     ModelMismatch,
     ShardUnavailable,
-    StaleGeneration,
 )
 from adashard.wire.frames import data_frame, leading_frame
 from adashard.wire.messages import (
     Acknowledge,
     Bye,
-    Freeze,
-    Frozen,
     Hello,
     Logged,
-    Member,
     Notice,
     OnExisting,
     Open,
@@ -44,88 +34,7 @@ from adashard.wire.messages import (
     Welcome,
 )
 
-SPEC = jobs.spec((4,), (3,))
-
-
-class Stage:
-    """One session, its shards, and the coordinator's lines."""
-
-    def __init__(self, shards: int = 1, weights: float = 0.0) -> None:
-        self.members = [Member(id=f"s{n}", address=f"s{n}:1") for n in range(shards)]
-        self.shards = [
-            FakeShard({i: torch.full((4 - i,), weights) for i in range(2) if i % shards == n})
-            for n in range(shards)
-        ]
-        addresses = [member.address for member in self.members]
-        self.transport = FakeTransport(dict(zip(addresses, self.shards, strict=True)))
-        self.parameters = [torch.zeros(4), torch.zeros(3)]
-        self.counts: list[tuple[int, ...]] = []
-        self.session = Session(
-            self.transport,
-            "coordinator:1",
-            jobs.JOB,
-            SPEC,
-            self.parameters,
-            on_existing=OnExisting.RESUME,
-            token="secret",
-        )
-        self.control = self.transport.control()
-
-    def entry(self, generation: int = 1, *, origin: str | None = None, **options):
-        return jobs.entry(
-            SPEC,
-            generation=generation,
-            workers=[self.session.id],
-            shards=self.members,
-            origin=origin or self.session.id,
-            **options,
-        )
-
-    def freeze(self, generation: int = 1, **options) -> Frozen:
-        self.control.say(Freeze(entry=self.entry(generation, **options)))
-        return self.transport.hear(Frozen)
-
-    def open(self, generation: int = 1, base: int = 0, of=None, **options) -> None:
-        """All of a change of generation but its uploads."""
-        self.freeze(generation, **options)
-        self.control.say(Open(plan=jobs.plan(self.entry(generation, **options), base, of)))
-        self.transport.hear(Opened)
-
-    def push(self, value: float = 1.0) -> Push:
-        def settings(counts):
-            self.counts.append(counts)
-            return (jobs.group_step(),)
-
-        gradients = {0: torch.full((4,), value), 1: torch.full((3,), value)}
-        return Push(gradients=gradients, settings=settings)
-
-    def step(self, value: float = 1.0) -> bool:
-        return self.session.step(self.push(value))
-
-    @property
-    def values(self) -> list[float]:
-        """The value of all elements of each parameter; they never differ."""
-        for parameter in self.parameters:
-            assert parameter.unique().numel() == 1, "torn"
-        return [float(parameter[0]) for parameter in self.parameters]
-
-
-@pytest.fixture
-def stage() -> Iterator[Callable[..., Stage]]:
-    made: list[Stage] = []
-
-    def make(*arguments, **options) -> Stage:
-        made.append(Stage(*arguments, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.session.abandon()
-
-
-@pytest.fixture(autouse=True)
-def no_waits(monkeypatch):
-    monkeypatch.setattr(retry.random, "uniform", lambda low, high: 0.0)
+pytestmark = pytest.mark.usefixtures("no_waits")
 
 
 # --- joining -------------------------------------------------------------------------------------
@@ -419,173 +328,3 @@ def test_what_the_loop_reports_names_the_step_it_has_reached(stage):
     play.step()
     play.session.log({"loss": 1.0})
     assert play.transport.hear(Logged).step == 1
-
-
-# --- changes of generation -----------------------------------------------------------------------
-
-
-def test_a_generation_that_ends_between_the_last_frame_and_the_step_loses_no_record(stage):
-    """The record came with the replies, and its generation ended before the step was taken."""
-    play = stage()
-    play.open()
-
-    def last_words(shard, begin, frames):
-        yield from honest(shard, begin, frames)
-        play.freeze(generation=2)
-        of = record(1, 1)
-        plan = jobs.plan(play.entry(2), 1, of)
-        opener = threading.Thread(
-            target=lambda: (finished.wait(WAIT_S), play.control.say(Open(plan=plan))), daemon=True
-        )
-        opener.start()
-
-    finished = threading.Event()
-    original = play.session._worker.took
-
-    def took(plan, step):
-        try:
-            return original(plan, step)
-        finally:
-            finished.set()
-
-    play.session._worker.took = took
-    play.shards[0].script = [last_words]
-    assert play.step() is True
-    assert (play.session.version, play.values) == (1, [-1.0, -1.0])
-    assert len(play.shards[0].begins) == 1, "nothing is asked for twice"
-    assert play.step() is True
-    assert play.counts == [(0, 0), (1, 1)], "step counts come from the record"
-
-
-@pytest.mark.parametrize("base", [0, 1])
-def test_a_freeze_in_the_middle_of_a_reply_ends_it_and_the_step_goes_on_in_the_next(stage, base):
-    play = stage()
-    play.open()
-
-    def cut_off(shard, begin, frames):
-        whole = honest(shard, begin, frames)
-        yield next(whole)
-        yield next(whole)
-        yield next(whole)
-        play.freeze(generation=2)
-        if base == 0:  # nobody has taken the step: it is formed again
-            shard.weights = {i: one + 1.0 for i, one in shard.weights.items()}
-            shard.version, shard.record = 0, None
-        play.control.say(Open(plan=jobs.plan(play.entry(2), base, record(1) if base else None)))
-        yield from whole
-        raise AssertionError("it reads on")
-
-    play.shards[0].script = [cut_off]
-    assert play.step() is True
-    assert play.values == [-1.0, -1.0]
-    assert play.session.version == 1
-
-
-def test_a_shard_that_is_not_open_yet_is_asked_again_a_little_later(stage, monkeypatch):
-    play = stage()
-    play.open()
-
-    def not_yet(shard, begin, frames):
-        raise StaleGeneration("frozen")
-        yield
-
-    play.shards[0].script = [not_yet] * 3
-    waits: list[float] = []
-    monkeypatch.setattr(retry.random, "uniform", lambda low, high: waits.append(high) or 0.0)
-    assert play.step()
-    assert len(play.shards[0].begins) == 4
-    assert waits == sorted(set(waits)), "it does not wait longer each time"
-    assert len(waits) == 3
-
-
-# --- the end -------------------------------------------------------------------------------------
-
-
-def test_closing_says_that_it_leaves_and_waits_for_the_blessing(stage):
-    play = stage()
-    play.open()
-    play.step()
-    play.session.close()
-    assert play.transport.closed == 1
-    with pytest.raises(LeaseExpired):
-        play.step()
-
-
-def test_closing_twice_and_abandoning_after_it_are_one_end(stage):
-    play = stage()
-    play.open()
-    for _ in range(2):
-        play.session.close()
-    play.session.abandon()
-    with pytest.raises(LeaseExpired):
-        play.step()
-
-
-def test_a_coordinator_that_is_silent_does_not_keep_a_worker(stage):
-    play = stage()
-    play.transport.blesses = False
-    play.session.close(timeout_s=0.0)
-    assert play.transport.closed == 1
-
-
-def test_a_session_that_is_evicted_ends_the_step_that_waits(stage):
-    play = stage()
-    play.open()
-
-    def evicted(shard, begin, frames):
-        yield leading_frame(Acknowledge(version=0))
-        play.control.say(Bye(job=jobs.JOB, generation=2, error=LeaseExpired("evicted").info()))
-        assert play.transport.calls["s0:1"].cancelled.wait(WAIT_S)
-        yield leading_frame(record(1))
-
-    play.shards[0].script = [evicted]
-    with pytest.raises(LeaseExpired, match="evicted"):
-        play.step()
-
-
-def test_abandoning_ends_a_step_in_another_thread(stage):
-    play = stage()
-    play.open()
-    waiting = threading.Event()
-
-    def waits(shard, begin, frames):
-        yield leading_frame(Acknowledge(version=0))
-        waiting.set()
-        assert play.transport.calls["s0:1"].cancelled.wait(WAIT_S)
-        yield leading_frame(record(1))
-
-    play.shards[0].script = [waits]
-
-    def stepping():
-        with pytest.raises(AdashardError):
-            play.step()
-
-    together(stepping, lambda: waiting.wait(WAIT_S) and play.session.abandon())
-
-
-def test_a_shard_that_stays_away_is_given_up_at_the_budget(stage, monkeypatch):
-    monkeypatch.setattr(session_module, "STREAM_BUDGET_S", 0.0)
-    play = stage()
-    play.transport.shards.clear()
-    play.open()
-    with pytest.raises(ShardUnavailable):
-        play.step()
-
-
-def test_a_step_that_waits_long_says_for_what(stage, monkeypatch, caplog):
-    monkeypatch.setattr(session_module, "_SAY_S", 0.001)
-    caplog.set_level("INFO", logger="adashard")
-    play = stage()
-    said = threading.Event()
-
-    class Watch(logging.Handler):
-        def emit(self, entry):
-            said.set()
-
-    handler = Watch()
-    session_module.log.addHandler(handler)
-    try:
-        together(play.step, lambda: said.wait(WAIT_S) and play.open())
-    finally:
-        session_module.log.removeHandler(handler)
-    assert "the first step needs 1 workers" in caplog.text
