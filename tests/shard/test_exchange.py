@@ -98,8 +98,7 @@ class TestExchange:
         peers.send()
         assert peers.delivered.get(timeout=60).sender == "s1"
 
-    def test_what_is_not_wanted_or_not_there_does_not_come_back(self, peers):
-        peers.send()  # s1 has no report yet
+    def test_what_is_not_wanted_does_not_come_back(self, peers):
         peers.fill("s1")
         peers.send(wanted=False)
         peers.send()
