@@ -289,9 +289,7 @@ class Session:
             try:
                 return self._stream(member, begin, slices, push, first=backoff.attempts == 0)
             except AdashardError as error:
-                # A shard that hears of the open generation later than this worker is only early.
-                early = isinstance(error, StaleGeneration) and not self._gives_up(begin.generation)
-                wait_s = backoff.next_s() if early or repeatable(error) else None
+                wait_s = backoff.next_s() if repeatable(error) else None
                 if wait_s is None:
                     self._fail()
                     raise
