@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -101,6 +102,13 @@ class Feed:
 
     def weights(self) -> dict[str, Tensor]:
         return {name: one.detach().clone() for name, one in self.parameters.items()}
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def together(*actions: Callable[[], object]) -> list[object]:

@@ -7,7 +7,7 @@ import socket
 import httpx
 import pytest
 import torch
-from tests.spec.conftest import Feed
+from tests.spec.conftest import Feed, free_port
 
 import adashard
 from adashard.wire import version
@@ -24,12 +24,6 @@ from adashard_server import LocalCluster
 
 def feed_of(**tensors: torch.Tensor) -> Feed:
     return Feed(tensors or {"weight": torch.ones(3, 4)})
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_no_server_is_an_error_that_says_what_was_tried_and_what_to_check(monkeypatch):

@@ -200,6 +200,7 @@ class ServerProcess:
         """Ends it as a crash would; returns when it is gone."""
         self._child.kill()
         self._child.wait()
+        self._close_pipes()
 
     def wait(self, timeout_s: float = STOP_S) -> int:
         """Waits for its end; the exit code."""
@@ -213,6 +214,9 @@ class ServerProcess:
                 self._child.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 self.kill()
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
         for pipe in (self._child.stdin, self._child.stdout):
             if pipe is not None:
                 pipe.close()
