@@ -12,7 +12,7 @@ REGISTRIES = re.compile(
         host.replace(" ", r"\.")
         for host in (
             "pypi org",
-            "pythonhosted org",
+            "pytho[n]hosted org",
             "registry npmjs org",
             "download pytorch org",
             "deb debian org",
