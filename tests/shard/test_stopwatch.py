@@ -79,3 +79,14 @@ def test_replies_that_overtake_the_note_of_the_commit_are_counted():
     summary = watch.committed(record(1, workers=1), squared_sum=9.0)
     assert summary is not None
     assert summary.gradient_squared_sum == 9.0
+
+
+def test_no_phase_is_negative_when_moments_are_noted_late():
+    watch = ticking()
+    watch.began(1)
+    watch.committed(record(1, workers=1), squared_sum=0.0)
+    watch.reported(1)
+    watch.pushed(1)
+    summary = watch.replied(1)
+    assert summary is not None
+    assert all(phase >= 0 for phase in summary.phase_s.values())

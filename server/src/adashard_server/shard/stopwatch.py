@@ -115,8 +115,9 @@ class Stopwatch:
     def _summary(self, step: _Step, record: Record) -> StepSummary:
         end = self._clock()
         committed = step.committed if step.committed is not None else end
-        full = step.full if step.full is not None else committed
-        pushed = step.pushed if step.pushed is not None else full
+        # Threads may note a moment after one that follows from it has been noted.
+        full = committed if step.full is None else min(step.full, committed)
+        pushed = full if step.pushed is None else min(step.pushed, full)
         first = record.groups[0]
         return StepSummary(
             job=self._job,
