@@ -7,14 +7,7 @@ from tests.client.fakes import FakeShard, FakeTransport
 from tests.shard import jobs
 
 from adashard.session import Push, Session
-from adashard.wire.messages import (
-    Freeze,
-    Frozen,
-    Member,
-    OnExisting,
-    Open,
-    Opened,
-)
+from adashard.wire.messages import Freeze, Frozen, Member, OnExisting, Open, Opened
 
 SPEC = jobs.spec((4,), (3,))
 

@@ -17,14 +17,8 @@ from tests.golden.trajectories import CONFIGS, TENSORS
 from adashard import Adafactor
 from adashard.algorithms import KNOBS, SEMANTICS, layout, resolve, settings_now
 from adashard.wire.errors import InvalidSettings
-from adashard.wire.messages import (
-    AdafactorLayout,
-    AdafactorStep,
-    EpsPlacement,
-    FactoredAxes,
-    Group,
-    WeightDecayMode,
-)
+from adashard.wire.messages import AdafactorStep
+from adashard.wire.spec import AdafactorLayout, EpsPlacement, FactoredAxes, Group, WeightDecayMode
 from adashard_server.optim import adafactor
 from adashard_server.optim.factored import factored_axes
 

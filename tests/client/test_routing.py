@@ -15,7 +15,8 @@ from adashard import routing as routing_module
 from adashard.routing import Routing
 from adashard.wire.errors import InvalidFrame, UnsupportedParameter
 from adashard.wire.frames import read_frame
-from adashard.wire.messages import DType, Member, Run
+from adashard.wire.messages import Member, Run
+from adashard.wire.spec import DType
 from adashard.wire.tensors import as_buffer, from_buffer, wire_dtype
 
 SHAPES = ((4, 3), (5,), (), (2, 3, 2))

@@ -19,11 +19,7 @@ from adashard.wire.errors import (
     StaleGeneration,
 )
 from adashard.wire.frames import leading_frame
-from adashard.wire.messages import (
-    Acknowledge,
-    Bye,
-    Open,
-)
+from adashard.wire.messages import Acknowledge, Bye, Open
 
 pytestmark = pytest.mark.usefixtures("no_waits")
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tests.shard import jobs
 
 from adashard.wire.errors import Internal, InvalidFrame, StaleGeneration
-from adashard.wire.messages import DType, Frozen, Outcome, Record, Run, Stale, Standing
+from adashard.wire.messages import Frozen, Outcome, Record, Run, Stale, Standing
 from adashard.wire.placement import cut
+from adashard.wire.spec import DType
 from adashard.worker import Worker
 
 SPEC = jobs.spec((4,), (3,), ())

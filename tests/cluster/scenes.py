@@ -6,19 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from adashard.wire.messages import (
-    AdafactorLayout,
-    Entry,
-    Frozen,
-    FullSums,
-    Group,
-    JobSpec,
-    Opened,
-    Parameter,
-    Planned,
-    Record,
-    Standing,
-)
+from adashard.wire.messages import Entry, Frozen, FullSums, Opened, Planned, Record, Standing
+from adashard.wire.spec import AdafactorLayout, Group, JobSpec, Parameter
 from adashard_server.cluster.instructions import Announce, Instruction, Swap, Tell
 from adashard_server.cluster.membership import Membership, Phase, Surroundings
 

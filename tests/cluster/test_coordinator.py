@@ -25,14 +25,12 @@ from adashard.wire.messages import (
     Frozen,
     Hello,
     Holding,
-    JobSpec,
     Lineage,
     Logged,
     Member,
     OnExisting,
     Open,
     Opened,
-    Parameter,
     Planned,
     Renewal,
     ShardHello,
@@ -42,6 +40,7 @@ from adashard.wire.messages import (
     Welcome,
     WorkerHello,
 )
+from adashard.wire.spec import JobSpec, Parameter
 from adashard.wire.version import VERSION
 from adashard_server.cluster import coordinator as module
 from adashard_server.cluster.coordinator import Coordinator, refusal

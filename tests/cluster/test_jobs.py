@@ -14,16 +14,9 @@ from adashard.wire.errors import (
     Overloaded,
     UnsupportedParameter,
 )
-from adashard.wire.messages import (
-    AdafactorLayout,
-    Group,
-    JobSpec,
-    Member,
-    OnExisting,
-    Parameter,
-    WorkerHello,
-)
+from adashard.wire.messages import Member, OnExisting, WorkerHello
 from adashard.wire.placement import CLUSTER_DEFAULT, WORKERS_MAX
+from adashard.wire.spec import AdafactorLayout, Group, JobSpec, Parameter
 from adashard_server.cluster.jobs import (
     JOB_NAME_MAX,
     check_join,

@@ -8,20 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adashard.wire.messages import (
-    AdafactorLayout,
     Entry,
     Frozen,
     FullSums,
-    Group,
-    JobSpec,
     Lineage,
     Member,
     Outcome,
-    Parameter,
     Plan,
     Record,
     Source,
 )
+from adashard.wire.spec import AdafactorLayout, Group, JobSpec, Parameter
 from adashard_server.cluster.recovery import Lost, reconcile
 
 LINEAGE = 3

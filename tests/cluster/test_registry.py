@@ -30,15 +30,8 @@ from adashard.wire.errors import (
     Unauthenticated,
     VersionSkew,
 )
-from adashard.wire.messages import (
-    AdafactorLayout,
-    Entry,
-    Group,
-    JobSpec,
-    Lineage,
-    Member,
-    Parameter,
-)
+from adashard.wire.messages import Entry, Lineage, Member
+from adashard.wire.spec import AdafactorLayout, Group, JobSpec, Parameter
 from adashard_server.cluster.redis_registry import SCHEMA, RedisRegistry
 from adashard_server.cluster.registry import ABSENT, MemoryRegistry, Registry, identity_of
 from adashard_server.cluster.statistics import Event

@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from adashard.wire.messages import (
-    AdafactorLayout,
     AdafactorStep,
     Begin,
-    DType,
     Entry,
-    Group,
     GroupStep,
-    JobSpec,
     Lineage,
     Member,
-    Parameter,
     Plan,
     Record,
     Schedule,
     Source,
 )
+from adashard.wire.spec import AdafactorLayout, DType, Group, JobSpec, Parameter
 
 JOB = "job"
 

@@ -16,7 +16,6 @@ from adashard.wire.frames import read_frame
 from adashard.wire.messages import (
     Acknowledge,
     Begin,
-    DType,
     Entry,
     Freeze,
     Frozen,
@@ -29,6 +28,7 @@ from adashard.wire.messages import (
     StepSummary,
     UploadBegin,
 )
+from adashard.wire.spec import DType
 from adashard.wire.tensors import as_buffer, from_buffer, torch_dtype
 from adashard_server.shard.engine import Engine
 from adashard_server.shard.exchange import MemoryExchange, PeerExchange

@@ -21,7 +21,8 @@ from tests.shard.tables import (
 )
 
 from adashard.wire.errors import InvalidFrame, InvalidRequest, StaleGeneration
-from adashard.wire.messages import DType, Outcome, Run, UploadBegin
+from adashard.wire.messages import Outcome, Run, UploadBegin
+from adashard.wire.spec import DType
 from adashard_server.shard import engine as engine_module
 
 # --- sums ----------------------------------------------------------------------------------------

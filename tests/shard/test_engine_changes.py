@@ -20,7 +20,8 @@ from tests.shard.tables import (
 )
 
 from adashard.wire.errors import InvalidFrame, StaleGeneration
-from adashard.wire.messages import DType, Freeze, Open, PlanRequest, Run, UploadBegin
+from adashard.wire.messages import Freeze, Open, PlanRequest, Run, UploadBegin
+from adashard.wire.spec import DType
 from adashard_server.shard.slices import SliceStore
 
 # --- changes of generation -----------------------------------------------------------------------

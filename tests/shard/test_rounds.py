@@ -10,12 +10,7 @@ from tests.shard.clusters import Cluster, Node
 from tests.shard.pushers import COUNTS, SPEC, Pusher, act_until_done, dice, opened, presences
 
 from adashard.wire.errors import StaleGeneration
-from adashard.wire.messages import (
-    Frozen,
-    FullSums,
-    Outcome,
-    Stale,
-)
+from adashard.wire.messages import Frozen, FullSums, Outcome, Stale
 from adashard_server.shard.instructions import Add, Wait
 
 # --- sums ----------------------------------------------------------------------------------------

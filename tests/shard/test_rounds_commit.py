@@ -13,16 +13,8 @@ from tests.shard.clusters import Cluster, Node
 from tests.shard.pushers import SHAPES, SPEC, dice, opened, presences
 
 from adashard.wire.errors import InvalidFrame, InvalidRequest, StaleGeneration
-from adashard.wire.messages import (
-    AdafactorStep,
-    DType,
-    Frozen,
-    FullSums,
-    GroupStep,
-    Outcome,
-    Report,
-    WeightDecayMode,
-)
+from adashard.wire.messages import AdafactorStep, Frozen, FullSums, GroupStep, Outcome, Report
+from adashard.wire.spec import DType, WeightDecayMode
 from adashard_server.shard.instructions import Send
 from adashard_server.shard.records import bit, form_record, present_in_any
 from adashard_server.shard.rounds import Rounds

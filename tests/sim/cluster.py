@@ -10,19 +10,9 @@ from tests.sim.history import Gradient, History, Violation
 from tests.sim.shard import SimShard
 from tests.sim.worker import SimWorker
 
-from adashard.wire.messages import (
-    AdafactorLayout,
-    Bye,
-    DType,
-    Entry,
-    ExchangeRequest,
-    FromCoordinator,
-    Group,
-    JobSpec,
-    Parameter,
-    Run,
-)
+from adashard.wire.messages import Bye, Entry, ExchangeRequest, FromCoordinator, Run
 from adashard.wire.placement import cut
+from adashard.wire.spec import AdafactorLayout, DType, Group, JobSpec, Parameter
 
 FAULTS_S = 6.0  # of virtual time; then the network is kind and nobody is killed
 PATIENCE_S = 60.0  # within which every worker then takes its steps

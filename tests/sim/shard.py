@@ -11,7 +11,6 @@ from tests.sim.member import Member
 from adashard.wire.errors import AdashardError, StaleGeneration
 from adashard.wire.messages import (
     Begin,
-    DType,
     ExchangeRequest,
     ExchangeResponse,
     Freeze,
@@ -32,6 +31,7 @@ from adashard.wire.messages import (
     Standing,
     UploadBegin,
 )
+from adashard.wire.spec import DType
 from adashard.wire.version import VERSION
 from adashard_server.shard.instructions import (
     Add,

@@ -11,18 +11,9 @@ from tests.shard.clusters import Node
 
 from adashard.wire.errors import StaleGeneration
 from adashard.wire.frames import read_frame
-from adashard.wire.messages import (
-    DType,
-    Entry,
-    Freeze,
-    Frozen,
-    Open,
-    Plan,
-    PlanRequest,
-    Run,
-    UploadBegin,
-)
+from adashard.wire.messages import Entry, Freeze, Frozen, Open, Plan, PlanRequest, Run, UploadBegin
 from adashard.wire.placement import cut
+from adashard.wire.spec import DType
 from adashard.worker import Worker
 from adashard_server.shard.exchange import MemoryExchange
 from adashard_server.shard.rounds import Rounds

@@ -12,19 +12,14 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adashard.wire import codec, messages
+from adashard.wire import codec, messages, spec
 from adashard.wire.errors import InvalidRequest
 from adashard.wire.messages import (
-    AdafactorLayout,
     Begin,
-    DType,
-    FactoredAxes,
     FromCoordinator,
     FromMember,
-    Group,
     GroupStep,
     Hello,
-    JobSpec,
     Outcome,
     Record,
     Schedule,
@@ -32,6 +27,7 @@ from adashard.wire.messages import (
     Standing,
     WorkerHello,
 )
+from adashard.wire.spec import AdafactorLayout, DType, FactoredAxes, Group, JobSpec
 from adashard.wire.v1 import coordinator_pb2, peer_pb2, shard_pb2, types_pb2
 
 MODULES = (types_pb2, shard_pb2, peer_pb2, coordinator_pb2)
@@ -44,9 +40,10 @@ DESCRIPTORS: dict[str, Descriptor] = {
     for name, descriptor in module.DESCRIPTOR.message_types_by_name.items()
     if name not in WITHOUT_A_DATACLASS
 }
+OURS = vars(spec) | vars(messages)
 KINDS = {
     name: kind
-    for name, kind in vars(messages).items()
+    for name, kind in OURS.items()
     if dataclasses.is_dataclass(kind) and isinstance(kind, type)
 }
 
@@ -95,7 +92,7 @@ def _items(field: FieldDescriptor) -> st.SearchStrategy[Any]:
     if field.message_type:
         return instances(field.message_type)
     if field.enum_type:
-        return st.sampled_from(getattr(messages, field.enum_type.name))
+        return st.sampled_from(OURS[field.enum_type.name])
     if field.type == FieldDescriptor.TYPE_BYTES:
         return st.binary(max_size=20)
     if field.type == FieldDescriptor.TYPE_STRING:
@@ -116,7 +113,7 @@ def test_a_dataclass_has_the_fields_of_its_message(name: str):
 def test_enums_have_the_members_and_numbers_of_the_contract():
     for module in MODULES:
         for name, descriptor in module.DESCRIPTOR.enum_types_by_name.items():
-            kind = getattr(messages, name)
+            kind = OURS[name]
             prefix = descriptor.values[0].name.removesuffix("UNSPECIFIED")
             numbers = {value.name.removeprefix(prefix): value.number for value in descriptor.values}
             assert {member.name: member.value for member in kind} == numbers

@@ -21,7 +21,8 @@ from adashard.wire.frames import (
     leading_frame,
     read_frame,
 )
-from adashard.wire.messages import Acknowledge, Begin, DType, Run, UploadBegin
+from adashard.wire.messages import Acknowledge, Begin, Run, UploadBegin
+from adashard.wire.spec import DType
 from adashard.wire.v1 import shard_pb2
 
 DTYPES = sorted(ITEM_BYTES)
@@ -290,7 +291,7 @@ def test_a_leading_frame_that_breaks_off_is_refused(message, data):
 
 
 def with_runs(**fields: int) -> bytes:
-    run = {"slice": 0, "start": 0, "count": 1, "dtype": 1, **fields}
+    run = {"slice": 0, "start": 0, "count": 1, "dtype": 1, "content": 1, **fields}
     size = max(run["count"], 0) * 4
     header = shard_pb2.Header(runs=[shard_pb2.Run(**run)])
     return shard_pb2.Frame(header=header, payload=bytes(size)).SerializeToString()

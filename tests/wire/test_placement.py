@@ -12,14 +12,6 @@ from hypothesis import strategies as st
 
 from adashard.wire import placement
 from adashard.wire.errors import AdashardError, InvalidRequest, UnsupportedParameter
-from adashard.wire.messages import (
-    AdafactorLayout,
-    EpsPlacement,
-    FactoredAxes,
-    Group,
-    JobSpec,
-    Parameter,
-)
 from adashard.wire.placement import (
     DEFAULT_SLICE_BYTES,
     DIMENSIONS_MAX,
@@ -31,6 +23,14 @@ from adashard.wire.placement import (
     cut,
     first_difference,
     validate_spec,
+)
+from adashard.wire.spec import (
+    AdafactorLayout,
+    EpsPlacement,
+    FactoredAxes,
+    Group,
+    JobSpec,
+    Parameter,
 )
 
 

@@ -16,22 +16,18 @@ from hypothesis import strategies as st
 from adashard.wire import messages
 from adashard.wire.errors import InvalidRequest
 from adashard.wire.messages import (
-    AdafactorLayout,
-    EpsPlacement,
-    Group,
     GroupStep,
     Hello,
     Holding,
-    JobSpec,
     Lineage,
     Member,
-    Parameter,
     Record,
     Schedule,
     ShardHello,
 )
 from adashard.wire.plain import from_plain, to_plain
 from adashard.wire.schema import Field, Form, fields_of
+from adashard.wire.spec import AdafactorLayout, EpsPlacement, Group, JobSpec, Parameter
 
 KINDS = sorted(
     (

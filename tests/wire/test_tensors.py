@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from adashard.wire.errors import InvalidFrame, UnsupportedParameter
 from adashard.wire.frames import ITEM_BYTES
-from adashard.wire.messages import DType
+from adashard.wire.spec import DType
 from adashard.wire.tensors import (
     as_buffer,
     flat_on_cpu,

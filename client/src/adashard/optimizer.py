@@ -18,15 +18,15 @@ from torch import Tensor
 
 from adashard.session import Push, Session
 from adashard.transport.grpc import GrpcTransport
-from adashard.wire import messages
 from adashard.wire.errors import (
     AdashardError,
     InvalidGradient,
     InvalidSettings,
     UnsupportedParameter,
 )
-from adashard.wire.messages import GroupStep, JobSpec, OnExisting, Parameter
+from adashard.wire.messages import GroupStep, OnExisting
 from adashard.wire.placement import CLUSTER_DEFAULT, validate_spec
+from adashard.wire.spec import Group, JobSpec, Parameter
 from adashard.wire.tensors import wire_dtype
 
 log = logging.getLogger("adashard")
@@ -55,6 +55,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         nonfinite: str,
         on_existing: str,
         token: str | None,
+        max_grad_norm: float | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+        reply_dtype: torch.dtype | None = None,
     ) -> None:
         if nonfinite not in ("reject", "skip"):
             raise InvalidSettings(f"nonfinite={nonfinite!r}: choose 'reject' or 'skip'")
@@ -64,6 +68,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._job, self._nonfinite = job, nonfinite
         self._slice_bytes = CLUSTER_DEFAULT if slice_bytes is None else slice_bytes
         self._min_workers = min_workers
+        self._max_grad_norm = max_grad_norm
+        self._rounding, self._seed, self._reply_dtype = rounding, seed, reply_dtype
         self._session: Session | None = None
         self._logged: dict[str, float] = {}
         super().__init__(params, defaults)
@@ -188,7 +194,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """Fills in and checks the settings of a group, in place."""
         raise NotImplementedError
 
-    def _layout(self, group: dict[str, Any]) -> messages.Group:
+    def _layout(self, group: dict[str, Any]) -> Group:
         """What of a group is fixed for the job's life."""
         raise NotImplementedError
 

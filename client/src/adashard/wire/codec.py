@@ -14,7 +14,7 @@ from typing import Any, TypeVar, overload
 
 from google.protobuf.message import Message
 
-from adashard.wire import messages
+from adashard.wire import messages, spec
 from adashard.wire.errors import InvalidRequest
 from adashard.wire.messages import FromCoordinator, FromMember
 from adashard.wire.schema import Field, Form, fields_of
@@ -26,11 +26,12 @@ AttendResponse = coordinator_pb2.AttendResponse
 T = TypeVar("T")
 
 # Dataclass to generated class, for all messages that have both.
+_OURS = vars(spec) | vars(messages)
 _GENERATED: dict[type[Any], type[Message]] = {
-    getattr(messages, name): getattr(module, name)
+    _OURS[name]: getattr(module, name)
     for module in (types_pb2, shard_pb2, peer_pb2, coordinator_pb2)
     for name in module.DESCRIPTOR.message_types_by_name
-    if dataclasses.is_dataclass(getattr(messages, name, None))
+    if dataclasses.is_dataclass(_OURS.get(name))
 }
 _DATACLASSES = {generated: kind for kind, generated in _GENERATED.items()}
 
@@ -60,7 +61,7 @@ def from_proto(message: Message) -> Any:  # noqa: ANN401 - as above
     """
     kind = _DATACLASSES.get(type(message))
     if kind is None:
-        raise TypeError(f"{message.DESCRIPTOR.name} has no dataclass of its name in messages.py")
+        raise TypeError(f"{message.DESCRIPTOR.name} has no dataclass of its name here")
     return _read(message, kind)
 
 

@@ -18,7 +18,8 @@ from google.protobuf.message import DecodeError
 
 from adashard.wire import codec
 from adashard.wire.errors import InvalidFrame, InvalidRequest
-from adashard.wire.messages import Acknowledge, Begin, DType, Record, Run, UploadBegin
+from adashard.wire.messages import Acknowledge, Begin, Content, Record, Run, UploadBegin
+from adashard.wire.spec import DType
 from adashard.wire.v1 import shard_pb2
 
 PAYLOAD_BYTES_MAX = 1 << 20
@@ -72,7 +73,13 @@ def data_frame(runs: Sequence[Run], parts: Sequence[memoryview]) -> bytes:
     """The frame that carries the elements of `runs`; `parts` are their bytes in order."""
     header = shard_pb2.Header()
     for run in runs:
-        header.runs.add(slice=run.slice, start=run.start, count=run.count, dtype=int(run.dtype))
+        header.runs.add(
+            slice=run.slice,
+            start=run.start,
+            count=run.count,
+            dtype=int(run.dtype),
+            content=int(run.content),
+        )
     encoded = header.SerializeToString()
     payload_bytes = sum(part.nbytes for part in parts)
     tail = _PAYLOAD_TAG + _varint(payload_bytes)
@@ -201,7 +208,13 @@ def _read_header(encoded: memoryview) -> tuple[Leading | None, tuple[Run, ...]]:
         if len(header.runs) > RUNS_MAX:
             raise InvalidFrame(f"a frame has {len(header.runs)} runs; {RUNS_MAX} are allowed")
         runs = tuple(
-            Run(slice=run.slice, start=run.start, count=run.count, dtype=DType(run.dtype))
+            Run(
+                slice=run.slice,
+                start=run.start,
+                count=run.count,
+                dtype=DType(run.dtype),
+                content=Content(run.content),
+            )
             for run in header.runs
         )
     except (DecodeError, InvalidRequest, ValueError) as error:
@@ -216,11 +229,15 @@ def _check(leading: Leading | None, runs: tuple[Run, ...], payload: memoryview) 
         raise InvalidFrame(f"a payload of {len(payload)} bytes is over {PAYLOAD_BYTES_MAX}")
     expected = 0
     for run in runs:
-        if run.slice < 0 or run.start < 0 or run.count < 0 or run.dtype not in ITEM_BYTES:
+        if run.slice < 0 or run.start < 0 or run.count < 0 or not _readable(run):
             raise InvalidFrame(f"a run is not possible: {run}")
         expected += run.count * ITEM_BYTES[run.dtype]
     if expected != len(payload):
         raise InvalidFrame(f"runs of {expected} bytes came with a payload of {len(payload)}")
+
+
+def _readable(run: Run) -> bool:
+    return run.dtype in ITEM_BYTES and run.content is not Content.UNSPECIFIED
 
 
 _FIELDS: dict[type[Leading], str] = {

@@ -10,40 +10,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-
-class DType(enum.IntEnum):
-    """Format of tensor elements on the wire, little endian."""
-
-    UNSPECIFIED = 0
-    FLOAT32 = 1
-    BFLOAT16 = 2
-    FLOAT16 = 3
-    FLOAT64 = 4
-
-
-class FactoredAxes(enum.IntEnum):
-    """Which two axes of a tensor the second moment is factored over."""
-
-    UNSPECIFIED = 0
-    LAST_TWO = 1
-    LARGEST_TWO = 2
-
-
-class EpsPlacement(enum.IntEnum):
-    """Where eps1 enters: added to the squared gradient, or as a lower bound."""
-
-    UNSPECIFIED = 0
-    ADDED = 1
-    CLAMPED = 2
-
-
-class WeightDecayMode(enum.IntEnum):
-    """What weight decay is multiplied with: alpha, lr, or one."""
-
-    UNSPECIFIED = 0
-    ALPHA = 1
-    LR = 2
-    PLAIN = 3
+from adashard.wire.spec import DType, JobSpec, Rounding, WeightDecayMode
 
 
 class Outcome(enum.IntEnum):
@@ -54,6 +21,26 @@ class Outcome(enum.IntEnum):
     SKIP = 2
 
 
+class Exchange(enum.IntEnum):
+    """What the shards of a step tell each other, in this order."""
+
+    UNSPECIFIED = 0
+    NORM = 1
+    PARTIALS = 2
+    CLAMPED = 3
+
+
+class Content(enum.IntEnum):
+    """What of a slice the elements of a run are; WEIGHT is the gradient in a push."""
+
+    UNSPECIFIED = 0
+    WEIGHT = 1
+    ROW = 2
+    COLUMN = 3
+    VECTOR = 4
+    MOMENTUM = 5
+
+
 class OnExisting(enum.IntEnum):
     """What a worker wants when its job exists already."""
 
@@ -61,45 +48,6 @@ class OnExisting(enum.IntEnum):
     RESUME = 1
     REPLACE = 2
     ERROR = 3
-
-
-# --- what a job is -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdafactorLayout:
-    """What makes up Adafactor's state of a group; fixed for the job's life."""
-
-    factored_axes: FactoredAxes = FactoredAxes.LAST_TWO
-    min_dim_size_to_factor: int = 1
-    momentum: bool = False
-    eps_placement: EpsPlacement = EpsPlacement.ADDED
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
-    """A group of parameters: what of its optimizer is fixed when the job begins."""
-
-    adafactor: AdafactorLayout | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parameter:
-    """One tensor of the model: its name, shape and group."""
-
-    name: str
-    shape: tuple[int, ...] = ()
-    group: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobSpec:
-    """What a job is: equal for all its workers."""
-
-    parameters: tuple[Parameter, ...]
-    groups: tuple[Group, ...]
-    slice_bytes: int
-    min_workers: int
 
 
 # --- what a step is ------------------------------------------------------------------------------
@@ -137,6 +85,19 @@ class GroupStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Partial:
+    """What slices of one split parameter contribute to the sums over all of it."""
+
+    slice: int
+    count: int
+    weight_squared_sum: float
+    update_squared_sum: float
+    least: float
+    squares: bytes
+    ratios: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """What a step was; the same bits whoever forms it."""
 
@@ -148,16 +109,19 @@ class Record:
     step_counts: tuple[int, ...]
     groups: tuple[GroupStep, ...]
     squared_norm: float = 0.0
+    norm_factor: float = 1.0
+    partials: tuple[Partial, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A run of elements of one slice in a frame's payload; count 0: whole and unchanged."""
+    """A run of elements of one slice in a frame's payload; count 0 says something of the rest."""
 
     slice: int
     start: int
     count: int
     dtype: DType
+    content: Content = Content.WEIGHT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +140,11 @@ class Begin:
     groups: tuple[GroupStep, ...] = ()
     dtypes: tuple[DType, ...] = (DType.FLOAT32,)
     slices: tuple[int, ...] = ()
+    sparse: bytes = b""
+    max_grad_norm: float = 0.0
+    rounding: Rounding = Rounding.NEAREST
+    seed: int = 0
+    state: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +164,7 @@ class UploadBegin:
     sender: str
     receiver: str
     version: int
+    state: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +186,8 @@ class Report:
     finite: bool
     slices: tuple[int, ...]
     squared_sums: tuple[float, ...]
+    exchange: Exchange = Exchange.PARTIALS
+    partials: tuple[Partial, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,6 +216,7 @@ class Lineage:
     number: int
     origin: str
     base_version: int = 0
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,6 +285,8 @@ class WorkerHello:
     spec: JobSpec
     on_existing: OnExisting = OnExisting.RESUME
     generation: int = 0
+    version: int = 0
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -352,6 +327,7 @@ class Holding:
     job: str
     weight_bytes: int
     state_bytes: Mapping[str, int] = field(default_factory=dict)
+    refused_report_count: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from adashard.wire.errors import InvalidRequest, UnsupportedParameter
-from adashard.wire.messages import (
+from adashard.wire.schema import fields_of
+from adashard.wire.spec import (
     AdafactorLayout,
     EpsPlacement,
     FactoredAxes,
@@ -20,7 +21,6 @@ from adashard.wire.messages import (
     JobSpec,
     Parameter,
 )
-from adashard.wire.schema import fields_of
 
 DEFAULT_SLICE_BYTES = 4 << 20
 

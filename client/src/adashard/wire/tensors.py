@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adashard.wire.errors import InvalidFrame, UnsupportedParameter
-from adashard.wire.messages import DType
+from adashard.wire.spec import DType
 
 _TORCH_DTYPES = {
     DType.FLOAT32: torch.float32,

@@ -22,7 +22,6 @@ from adashard.wire.messages import (
     Entry,
     Freeze,
     Frozen,
-    JobSpec,
     Lineage,
     Member,
     Notice,
@@ -34,6 +33,7 @@ from adashard.wire.messages import (
     Standing,
 )
 from adashard.wire.placement import cut
+from adashard.wire.spec import JobSpec
 from adashard_server.cluster.instructions import Announce, HangUp, Instruction, StepDown, Swap, Tell
 from adashard_server.cluster.planner import place
 from adashard_server.cluster.recovery import Lost, reconcile

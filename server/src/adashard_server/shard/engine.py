@@ -25,7 +25,6 @@ from adashard.wire.frames import Extent, cut_runs, data_frame
 from adashard.wire.messages import (
     Acknowledge,
     Begin,
-    DType,
     Entry,
     ExchangeRequest,
     ExchangeResponse,
@@ -39,6 +38,7 @@ from adashard.wire.messages import (
     StepSummary,
     UploadBegin,
 )
+from adashard.wire.spec import DType
 from adashard.wire.tensors import as_buffer, from_buffer, torch_dtype
 from adashard_server.shard.exchange import PeerExchange
 from adashard_server.shard.instructions import Add, Committed, Instruction, Measure, Send, Wait

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from math import isfinite
 
 from adashard.wire.errors import InvalidRequest
-from adashard.wire.messages import Begin, DType, GroupStep, JobSpec, WeightDecayMode
+from adashard.wire.messages import Begin, GroupStep
+from adashard.wire.spec import DType, JobSpec, WeightDecayMode
 
 
 def check_push(begin: Begin, spec: JobSpec, step_counts: Sequence[int]) -> None:

@@ -10,16 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adashard.wire.messages import (
-    AdafactorLayout,
-    AdafactorStep,
-    EpsPlacement,
-    FactoredAxes,
-    JobSpec,
-    Record,
-    WeightDecayMode,
-)
+from adashard.wire.messages import AdafactorStep, Record
 from adashard.wire.placement import Slice
+from adashard.wire.spec import AdafactorLayout, EpsPlacement, FactoredAxes, JobSpec, WeightDecayMode
 from adashard_server.optim import adafactor
 from adashard_server.optim.factored import Axes, factored_axes
 

@@ -58,12 +58,18 @@ class WorkerHello(google.protobuf.message.Message):
     SPEC_FIELD_NUMBER: builtins.int
     ON_EXISTING_FIELD_NUMBER: builtins.int
     GENERATION_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    FINGERPRINT_FIELD_NUMBER: builtins.int
     job: builtins.str
     """The job."""
     on_existing: global___OnExisting.ValueType
     """What to do when it exists."""
     generation: builtins.int
     """The newest generation that this session has promised; 0 for a new session."""
+    version: builtins.int
+    """The version of the optimizer state that it has loaded; 0 without one."""
+    fingerprint: builtins.str
+    """Of that state; empty without one."""
     @property
     def spec(self) -> adashard.wire.v1.types_pb2.JobSpec:
         """What the worker believes the job to be."""
@@ -75,9 +81,11 @@ class WorkerHello(google.protobuf.message.Message):
         spec: adashard.wire.v1.types_pb2.JobSpec | None = ...,
         on_existing: global___OnExisting.ValueType = ...,
         generation: builtins.int = ...,
+        version: builtins.int = ...,
+        fingerprint: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["spec", b"spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["generation", b"generation", "job", b"job", "on_existing", b"on_existing", "spec", b"spec"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["fingerprint", b"fingerprint", "generation", b"generation", "job", b"job", "on_existing", b"on_existing", "spec", b"spec", "version", b"version"]) -> None: ...
 
 global___WorkerHello = WorkerHello
 
@@ -242,10 +250,13 @@ class Holding(google.protobuf.message.Message):
     JOB_FIELD_NUMBER: builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: builtins.int
     STATE_BYTES_FIELD_NUMBER: builtins.int
+    REFUSED_REPORT_COUNT_FIELD_NUMBER: builtins.int
     job: builtins.str
     """The job."""
     weight_bytes: builtins.int
     """Master weights."""
+    refused_report_count: builtins.int
+    """Reports of other shards that were refused since this one began."""
     @property
     def state_bytes(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
         """Optimizer state by kind: row, column, vector, momentum."""
@@ -256,8 +267,9 @@ class Holding(google.protobuf.message.Message):
         job: builtins.str = ...,
         weight_bytes: builtins.int = ...,
         state_bytes: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        refused_report_count: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["job", b"job", "state_bytes", b"state_bytes", "weight_bytes", b"weight_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["job", b"job", "refused_report_count", b"refused_report_count", "state_bytes", b"state_bytes", "weight_bytes", b"weight_bytes"]) -> None: ...
 
 global___Holding = Holding
 

@@ -12,21 +12,24 @@ from google.protobuf.internal import builder as _builder
 _sym_db = _symbol_database.Default()
 
 
+from adashard.wire.v1 import types_pb2 as adashard_dot_wire_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61\x64\x61shard/wire/v1/peer.proto\x12\x10\x61\x64\x61shard.wire.v1\"\x8e\x01\n\x06Report\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x0e\n\x06sender\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\x0f\n\x07workers\x18\x05 \x03(\t\x12\x0e\n\x06\x66inite\x18\x06 \x01(\x08\x12\x0e\n\x06slices\x18\x07 \x03(\x05\x12\x14\n\x0csquared_sums\x18\x08 \x03(\x01\"]\n\x0f\x45xchangeRequest\x12\x10\n\x08receiver\x18\x01 \x01(\t\x12(\n\x06report\x18\x02 \x01(\x0b\x32\x18.adashard.wire.v1.Report\x12\x0e\n\x06wanted\x18\x03 \x01(\x08\"<\n\x10\x45xchangeResponse\x12(\n\x06report\x18\x01 \x01(\x0b\x32\x18.adashard.wire.v1.Report2`\n\x0bPeerService\x12Q\n\x08\x45xchange\x12!.adashard.wire.v1.ExchangeRequest\x1a\".adashard.wire.v1.ExchangeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61\x64\x61shard/wire/v1/peer.proto\x12\x10\x61\x64\x61shard.wire.v1\x1a\x1c\x61\x64\x61shard/wire/v1/types.proto\"\xe9\x01\n\x06Report\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x0e\n\x06sender\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\x0f\n\x07workers\x18\x05 \x03(\t\x12\x0e\n\x06\x66inite\x18\x06 \x01(\x08\x12\x0e\n\x06slices\x18\x07 \x03(\x05\x12\x14\n\x0csquared_sums\x18\x08 \x03(\x01\x12,\n\x08\x65xchange\x18\t \x01(\x0e\x32\x1a.adashard.wire.v1.Exchange\x12+\n\x08partials\x18\n \x03(\x0b\x32\x19.adashard.wire.v1.Partial\"]\n\x0f\x45xchangeRequest\x12\x10\n\x08receiver\x18\x01 \x01(\t\x12(\n\x06report\x18\x02 \x01(\x0b\x32\x18.adashard.wire.v1.Report\x12\x0e\n\x06wanted\x18\x03 \x01(\x08\"<\n\x10\x45xchangeResponse\x12(\n\x06report\x18\x01 \x01(\x0b\x32\x18.adashard.wire.v1.Report*d\n\x08\x45xchange\x12\x18\n\x14\x45XCHANGE_UNSPECIFIED\x10\x00\x12\x11\n\rEXCHANGE_NORM\x10\x01\x12\x15\n\x11\x45XCHANGE_PARTIALS\x10\x02\x12\x14\n\x10\x45XCHANGE_CLAMPED\x10\x03\x32`\n\x0bPeerService\x12Q\n\x08\x45xchange\x12!.adashard.wire.v1.ExchangeRequest\x1a\".adashard.wire.v1.ExchangeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'adashard.wire.v1.peer_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_REPORT']._serialized_start=50
-  _globals['_REPORT']._serialized_end=192
-  _globals['_EXCHANGEREQUEST']._serialized_start=194
-  _globals['_EXCHANGEREQUEST']._serialized_end=287
-  _globals['_EXCHANGERESPONSE']._serialized_start=289
-  _globals['_EXCHANGERESPONSE']._serialized_end=349
-  _globals['_PEERSERVICE']._serialized_start=351
-  _globals['_PEERSERVICE']._serialized_end=447
+  _globals['_EXCHANGE']._serialized_start=472
+  _globals['_EXCHANGE']._serialized_end=572
+  _globals['_REPORT']._serialized_start=80
+  _globals['_REPORT']._serialized_end=313
+  _globals['_EXCHANGEREQUEST']._serialized_start=315
+  _globals['_EXCHANGEREQUEST']._serialized_end=408
+  _globals['_EXCHANGERESPONSE']._serialized_start=410
+  _globals['_EXCHANGERESPONSE']._serialized_end=470
+  _globals['_PEERSERVICE']._serialized_start=574
+  _globals['_PEERSERVICE']._serialized_end=670
 # @@protoc_insertion_point(module_scope)

@@ -3,14 +3,50 @@
 isort:skip_file
 Between shards: the one exchange of a step."""
 
+import adashard.wire.v1.types_pb2
 import builtins
 import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import sys
 import typing
 
+if sys.version_info >= (3, 10):
+    import typing as typing_extensions
+else:
+    import typing_extensions
+
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _Exchange:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ExchangeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Exchange.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    EXCHANGE_UNSPECIFIED: _Exchange.ValueType  # 0
+    """Not stated: the report is refused."""
+    EXCHANGE_NORM: _Exchange.ValueType  # 1
+    """Squared sums alone, for the norm over all of the model; only where that is bounded."""
+    EXCHANGE_PARTIALS: _Exchange.ValueType  # 2
+    """Partials of split parameters."""
+    EXCHANGE_CLAMPED: _Exchange.ValueType  # 3
+    """Squared sums of updates whose estimate is bounded from below, element by element."""
+
+class Exchange(_Exchange, metaclass=_ExchangeEnumTypeWrapper):
+    """What the shards of a step tell each other, in this order."""
+
+EXCHANGE_UNSPECIFIED: Exchange.ValueType  # 0
+"""Not stated: the report is refused."""
+EXCHANGE_NORM: Exchange.ValueType  # 1
+"""Squared sums alone, for the norm over all of the model; only where that is bounded."""
+EXCHANGE_PARTIALS: Exchange.ValueType  # 2
+"""Partials of split parameters."""
+EXCHANGE_CLAMPED: Exchange.ValueType  # 3
+"""Squared sums of updates whose estimate is bounded from below, element by element."""
+global___Exchange = Exchange
 
 @typing.final
 class Report(google.protobuf.message.Message):
@@ -26,6 +62,8 @@ class Report(google.protobuf.message.Message):
     FINITE_FIELD_NUMBER: builtins.int
     SLICES_FIELD_NUMBER: builtins.int
     SQUARED_SUMS_FIELD_NUMBER: builtins.int
+    EXCHANGE_FIELD_NUMBER: builtins.int
+    PARTIALS_FIELD_NUMBER: builtins.int
     job: builtins.str
     """The job."""
     generation: builtins.int
@@ -36,6 +74,8 @@ class Report(google.protobuf.message.Message):
     """The step."""
     finite: builtins.bool
     """Whether every sum is finite."""
+    exchange: global___Exchange.ValueType
+    """Which of the step's exchanges this is."""
     @property
     def workers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Ids of the workers that were summed, in rank order."""
@@ -46,7 +86,11 @@ class Report(google.protobuf.message.Message):
 
     @property
     def squared_sums(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """Per slice, the sum of the squares of the mean gradient."""
+        """Per node of these slices, the sum of the squares of the mean gradient."""
+
+    @property
+    def partials(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[adashard.wire.v1.types_pb2.Partial]:
+        """Per node of the split parameters that are present."""
 
     def __init__(
         self,
@@ -59,8 +103,10 @@ class Report(google.protobuf.message.Message):
         finite: builtins.bool = ...,
         slices: collections.abc.Iterable[builtins.int] | None = ...,
         squared_sums: collections.abc.Iterable[builtins.float] | None = ...,
+        exchange: global___Exchange.ValueType = ...,
+        partials: collections.abc.Iterable[adashard.wire.v1.types_pb2.Partial] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["finite", b"finite", "generation", b"generation", "job", b"job", "sender", b"sender", "slices", b"slices", "squared_sums", b"squared_sums", "step", b"step", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["exchange", b"exchange", "finite", b"finite", "generation", b"generation", "job", b"job", "partials", b"partials", "sender", b"sender", "slices", b"slices", "squared_sums", b"squared_sums", "step", b"step", "workers", b"workers"]) -> None: ...
 
 global___Report = Report
 

@@ -15,27 +15,29 @@ _sym_db = _symbol_database.Default()
 from adashard.wire.v1 import types_pb2 as adashard_dot_wire_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61\x64\x61shard/wire/v1/shard.proto\x12\x10\x61\x64\x61shard.wire.v1\x1a\x1c\x61\x64\x61shard/wire/v1/types.proto\"Z\n\x03Run\x12\r\n\x05slice\x18\x01 \x01(\x05\x12\r\n\x05start\x18\x02 \x01(\x03\x12\r\n\x05\x63ount\x18\x03 \x01(\x03\x12&\n\x05\x64type\x18\x04 \x01(\x0e\x32\x17.adashard.wire.v1.DType\"\xfd\x01\n\x05\x42\x65gin\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x0e\n\x06sender\x18\x03 \x01(\t\x12\x10\n\x08receiver\x18\x04 \x01(\t\x12\x0c\n\x04step\x18\x05 \x01(\x03\x12\x0c\n\x04push\x18\x06 \x01(\x08\x12\x0f\n\x07version\x18\x07 \x01(\x03\x12\x0f\n\x07present\x18\x08 \x01(\x0c\x12\r\n\x05share\x18\t \x01(\x01\x12+\n\x06groups\x18\n \x03(\x0b\x32\x1b.adashard.wire.v1.GroupStep\x12\'\n\x06\x64types\x18\x0b \x03(\x0e\x32\x17.adashard.wire.v1.DType\x12\x0e\n\x06slices\x18\x0c \x03(\x05\"0\n\x0b\x41\x63knowledge\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"a\n\x0bUploadBegin\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x0e\n\x06sender\x18\x03 \x01(\t\x12\x10\n\x08receiver\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\x03\"\x83\x02\n\x06Header\x12(\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x17.adashard.wire.v1.BeginH\x00\x12\x34\n\x0b\x61\x63knowledge\x18\x02 \x01(\x0b\x32\x1d.adashard.wire.v1.AcknowledgeH\x00\x12*\n\x06record\x18\x03 \x01(\x0b\x32\x18.adashard.wire.v1.RecordH\x00\x12/\n\x06upload\x18\x04 \x01(\x0b\x32\x1d.adashard.wire.v1.UploadBeginH\x00\x12#\n\x04runs\x18\x05 \x03(\x0b\x32\x15.adashard.wire.v1.Run\x12\x0f\n\x07padding\x18\x0f \x01(\x0c\x42\x06\n\x04kind\"B\n\x05\x46rame\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.adashard.wire.v1.Header\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"\"\n\x0bUploadReply\x12\x13\n\x0bslice_count\x18\x01 \x01(\x05\x32\x94\x01\n\x0cShardService\x12@\n\x08PushPull\x12\x17.adashard.wire.v1.Frame\x1a\x17.adashard.wire.v1.Frame(\x01\x30\x01\x12\x42\n\x06Upload\x12\x17.adashard.wire.v1.Frame\x1a\x1d.adashard.wire.v1.UploadReply(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61\x64\x61shard/wire/v1/shard.proto\x12\x10\x61\x64\x61shard.wire.v1\x1a\x1c\x61\x64\x61shard/wire/v1/types.proto\"\x86\x01\n\x03Run\x12\r\n\x05slice\x18\x01 \x01(\x05\x12\r\n\x05start\x18\x02 \x01(\x03\x12\r\n\x05\x63ount\x18\x03 \x01(\x03\x12&\n\x05\x64type\x18\x04 \x01(\x0e\x32\x17.adashard.wire.v1.DType\x12*\n\x07\x63ontent\x18\x05 \x01(\x0e\x32\x19.adashard.wire.v1.Content\"\xef\x02\n\x05\x42\x65gin\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x0e\n\x06sender\x18\x03 \x01(\t\x12\x10\n\x08receiver\x18\x04 \x01(\t\x12\x0c\n\x04step\x18\x05 \x01(\x03\x12\x0c\n\x04push\x18\x06 \x01(\x08\x12\x0f\n\x07version\x18\x07 \x01(\x03\x12\x0f\n\x07present\x18\x08 \x01(\x0c\x12\r\n\x05share\x18\t \x01(\x01\x12+\n\x06groups\x18\n \x03(\x0b\x32\x1b.adashard.wire.v1.GroupStep\x12\'\n\x06\x64types\x18\x0b \x03(\x0e\x32\x17.adashard.wire.v1.DType\x12\x0e\n\x06slices\x18\x0c \x03(\x05\x12\x0e\n\x06sparse\x18\r \x01(\x0c\x12\x15\n\rmax_grad_norm\x18\x0e \x01(\x01\x12,\n\x08rounding\x18\x0f \x01(\x0e\x32\x1a.adashard.wire.v1.Rounding\x12\x0c\n\x04seed\x18\x10 \x01(\x03\x12\r\n\x05state\x18\x11 \x01(\x08\"0\n\x0b\x41\x63knowledge\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"p\n\x0bUploadBegin\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x0e\n\x06sender\x18\x03 \x01(\t\x12\x10\n\x08receiver\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\x03\x12\r\n\x05state\x18\x06 \x01(\x08\"\x83\x02\n\x06Header\x12(\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x17.adashard.wire.v1.BeginH\x00\x12\x34\n\x0b\x61\x63knowledge\x18\x02 \x01(\x0b\x32\x1d.adashard.wire.v1.AcknowledgeH\x00\x12*\n\x06record\x18\x03 \x01(\x0b\x32\x18.adashard.wire.v1.RecordH\x00\x12/\n\x06upload\x18\x04 \x01(\x0b\x32\x1d.adashard.wire.v1.UploadBeginH\x00\x12#\n\x04runs\x18\x05 \x03(\x0b\x32\x15.adashard.wire.v1.Run\x12\x0f\n\x07padding\x18\x0f \x01(\x0c\x42\x06\n\x04kind\"B\n\x05\x46rame\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.adashard.wire.v1.Header\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"\"\n\x0bUploadReply\x12\x13\n\x0bslice_count\x18\x01 \x01(\x05*\x85\x01\n\x07\x43ontent\x12\x17\n\x13\x43ONTENT_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43ONTENT_WEIGHT\x10\x01\x12\x0f\n\x0b\x43ONTENT_ROW\x10\x02\x12\x12\n\x0e\x43ONTENT_COLUMN\x10\x03\x12\x12\n\x0e\x43ONTENT_VECTOR\x10\x04\x12\x14\n\x10\x43ONTENT_MOMENTUM\x10\x05\x32\x94\x01\n\x0cShardService\x12@\n\x08PushPull\x12\x17.adashard.wire.v1.Frame\x1a\x17.adashard.wire.v1.Frame(\x01\x30\x01\x12\x42\n\x06Upload\x12\x17.adashard.wire.v1.Frame\x1a\x1d.adashard.wire.v1.UploadReply(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'adashard.wire.v1.shard_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_RUN']._serialized_start=80
-  _globals['_RUN']._serialized_end=170
-  _globals['_BEGIN']._serialized_start=173
-  _globals['_BEGIN']._serialized_end=426
-  _globals['_ACKNOWLEDGE']._serialized_start=428
-  _globals['_ACKNOWLEDGE']._serialized_end=476
-  _globals['_UPLOADBEGIN']._serialized_start=478
-  _globals['_UPLOADBEGIN']._serialized_end=575
-  _globals['_HEADER']._serialized_start=578
-  _globals['_HEADER']._serialized_end=837
-  _globals['_FRAME']._serialized_start=839
-  _globals['_FRAME']._serialized_end=905
-  _globals['_UPLOADREPLY']._serialized_start=907
-  _globals['_UPLOADREPLY']._serialized_end=941
-  _globals['_SHARDSERVICE']._serialized_start=944
-  _globals['_SHARDSERVICE']._serialized_end=1092
+  _globals['_CONTENT']._serialized_start=1118
+  _globals['_CONTENT']._serialized_end=1251
+  _globals['_RUN']._serialized_start=81
+  _globals['_RUN']._serialized_end=215
+  _globals['_BEGIN']._serialized_start=218
+  _globals['_BEGIN']._serialized_end=585
+  _globals['_ACKNOWLEDGE']._serialized_start=587
+  _globals['_ACKNOWLEDGE']._serialized_end=635
+  _globals['_UPLOADBEGIN']._serialized_start=637
+  _globals['_UPLOADBEGIN']._serialized_end=749
+  _globals['_HEADER']._serialized_start=752
+  _globals['_HEADER']._serialized_end=1011
+  _globals['_FRAME']._serialized_start=1013
+  _globals['_FRAME']._serialized_end=1079
+  _globals['_UPLOADREPLY']._serialized_start=1081
+  _globals['_UPLOADREPLY']._serialized_end=1115
+  _globals['_SHARDSERVICE']._serialized_start=1254
+  _globals['_SHARDSERVICE']._serialized_end=1402
 # @@protoc_insertion_point(module_scope)

@@ -8,10 +8,53 @@ import builtins
 import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import sys
 import typing
 
+if sys.version_info >= (3, 10):
+    import typing as typing_extensions
+else:
+    import typing_extensions
+
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _Content:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ContentEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Content.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    CONTENT_UNSPECIFIED: _Content.ValueType  # 0
+    """Not stated: the frame is refused."""
+    CONTENT_WEIGHT: _Content.ValueType  # 1
+    """The slice itself: its weights, or in a push their gradient."""
+    CONTENT_ROW: _Content.ValueType  # 2
+    """Row means of the second moment."""
+    CONTENT_COLUMN: _Content.ValueType  # 3
+    """Column means of the second moment."""
+    CONTENT_VECTOR: _Content.ValueType  # 4
+    """The second moment itself, where it is not factored."""
+    CONTENT_MOMENTUM: _Content.ValueType  # 5
+    """The first moment."""
+
+class Content(_Content, metaclass=_ContentEnumTypeWrapper):
+    """What of a slice the elements of a run are."""
+
+CONTENT_UNSPECIFIED: Content.ValueType  # 0
+"""Not stated: the frame is refused."""
+CONTENT_WEIGHT: Content.ValueType  # 1
+"""The slice itself: its weights, or in a push their gradient."""
+CONTENT_ROW: Content.ValueType  # 2
+"""Row means of the second moment."""
+CONTENT_COLUMN: Content.ValueType  # 3
+"""Column means of the second moment."""
+CONTENT_VECTOR: Content.ValueType  # 4
+"""The second moment itself, where it is not factored."""
+CONTENT_MOMENTUM: Content.ValueType  # 5
+"""The first moment."""
+global___Content = Content
 
 @typing.final
 class Run(google.protobuf.message.Message):
@@ -23,14 +66,19 @@ class Run(google.protobuf.message.Message):
     START_FIELD_NUMBER: builtins.int
     COUNT_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
+    CONTENT_FIELD_NUMBER: builtins.int
     slice: builtins.int
     """The slice."""
     start: builtins.int
     """First element, counted from the slice's start."""
     count: builtins.int
-    """How many; 0 says that the slice is whole and unchanged."""
+    """How many; 0 says in a reply that the slice is whole and unchanged, and in a push of sparse rows that what is left
+    before `start` is zero.
+    """
     dtype: adashard.wire.v1.types_pb2.DType.ValueType
     """Their format."""
+    content: global___Content.ValueType
+    """What they are."""
     def __init__(
         self,
         *,
@@ -38,8 +86,9 @@ class Run(google.protobuf.message.Message):
         start: builtins.int = ...,
         count: builtins.int = ...,
         dtype: adashard.wire.v1.types_pb2.DType.ValueType = ...,
+        content: global___Content.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["count", b"count", "dtype", b"dtype", "slice", b"slice", "start", b"start"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["content", b"content", "count", b"count", "dtype", b"dtype", "slice", b"slice", "start", b"start"]) -> None: ...
 
 global___Run = Run
 
@@ -61,6 +110,11 @@ class Begin(google.protobuf.message.Message):
     GROUPS_FIELD_NUMBER: builtins.int
     DTYPES_FIELD_NUMBER: builtins.int
     SLICES_FIELD_NUMBER: builtins.int
+    SPARSE_FIELD_NUMBER: builtins.int
+    MAX_GRAD_NORM_FIELD_NUMBER: builtins.int
+    ROUNDING_FIELD_NUMBER: builtins.int
+    SEED_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
     job: builtins.str
     """The job."""
     generation: builtins.int
@@ -79,6 +133,16 @@ class Begin(google.protobuf.message.Message):
     """One bit per parameter of the job: whether this worker has a gradient."""
     share: builtins.float
     """How much this push counts in the mean."""
+    sparse: builtins.bytes
+    """One bit per parameter: whether its gradient comes in rows, with zeros between the runs."""
+    max_grad_norm: builtins.float
+    """Bound of the norm of the mean gradient over the whole model; 0 for none. That of the lowest rank counts."""
+    rounding: adashard.wire.v1.types_pb2.Rounding.ValueType
+    """How weights are rounded to narrower formats."""
+    seed: builtins.int
+    """Key of stochastic rounding, with slice, element and step."""
+    state: builtins.bool
+    """Whether the optimizer state is wanted with the weights; in float32."""
     @property
     def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[adashard.wire.v1.types_pb2.GroupStep]:
         """Hyper-parameters and scalars of each group of the job."""
@@ -106,8 +170,13 @@ class Begin(google.protobuf.message.Message):
         groups: collections.abc.Iterable[adashard.wire.v1.types_pb2.GroupStep] | None = ...,
         dtypes: collections.abc.Iterable[adashard.wire.v1.types_pb2.DType.ValueType] | None = ...,
         slices: collections.abc.Iterable[builtins.int] | None = ...,
+        sparse: builtins.bytes = ...,
+        max_grad_norm: builtins.float = ...,
+        rounding: adashard.wire.v1.types_pb2.Rounding.ValueType = ...,
+        seed: builtins.int = ...,
+        state: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["dtypes", b"dtypes", "generation", b"generation", "groups", b"groups", "job", b"job", "present", b"present", "push", b"push", "receiver", b"receiver", "sender", b"sender", "share", b"share", "slices", b"slices", "step", b"step", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dtypes", b"dtypes", "generation", b"generation", "groups", b"groups", "job", b"job", "max_grad_norm", b"max_grad_norm", "present", b"present", "push", b"push", "receiver", b"receiver", "rounding", b"rounding", "seed", b"seed", "sender", b"sender", "share", b"share", "slices", b"slices", "sparse", b"sparse", "state", b"state", "step", b"step", "version", b"version"]) -> None: ...
 
 global___Begin = Begin
 
@@ -144,6 +213,7 @@ class UploadBegin(google.protobuf.message.Message):
     SENDER_FIELD_NUMBER: builtins.int
     RECEIVER_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
     job: builtins.str
     """The job."""
     generation: builtins.int
@@ -154,6 +224,8 @@ class UploadBegin(google.protobuf.message.Message):
     """The shard's id."""
     version: builtins.int
     """The version of all slices of this upload."""
+    state: builtins.bool
+    """Whether their optimizer state comes too; otherwise it is that of a slice that has not been stepped."""
     def __init__(
         self,
         *,
@@ -162,8 +234,9 @@ class UploadBegin(google.protobuf.message.Message):
         sender: builtins.str = ...,
         receiver: builtins.str = ...,
         version: builtins.int = ...,
+        state: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["generation", b"generation", "job", b"job", "receiver", b"receiver", "sender", b"sender", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["generation", b"generation", "job", b"job", "receiver", b"receiver", "sender", b"sender", "state", b"state", "version", b"version"]) -> None: ...
 
 global___UploadBegin = UploadBegin
 

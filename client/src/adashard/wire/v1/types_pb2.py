@@ -14,7 +14,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61\x64\x61shard/wire/v1/types.proto\x12\x10\x61\x64\x61shard.wire.v1\"\xb1\x01\n\x0f\x41\x64\x61\x66\x61\x63torLayout\x12\x35\n\rfactored_axes\x18\x01 \x01(\x0e\x32\x1e.adashard.wire.v1.FactoredAxes\x12\x1e\n\x16min_dim_size_to_factor\x18\x02 \x01(\x03\x12\x10\n\x08momentum\x18\x03 \x01(\x08\x12\x35\n\reps_placement\x18\x04 \x01(\x0e\x32\x1e.adashard.wire.v1.EpsPlacement\"L\n\x05Group\x12\x36\n\tadafactor\x18\x01 \x01(\x0b\x32!.adashard.wire.v1.AdafactorLayoutH\x00\x42\x0b\n\talgorithm\"7\n\tParameter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\r\n\x05group\x18\x03 \x01(\x05\"\x8d\x01\n\x07JobSpec\x12/\n\nparameters\x18\x01 \x03(\x0b\x32\x1b.adashard.wire.v1.Parameter\x12\'\n\x06groups\x18\x02 \x03(\x0b\x32\x17.adashard.wire.v1.Group\x12\x13\n\x0bslice_bytes\x18\x03 \x01(\x03\x12\x13\n\x0bmin_workers\x18\x04 \x01(\x05\":\n\x08Schedule\x12\x12\n\nstep_count\x18\x01 \x01(\x03\x12\r\n\x05\x62\x65ta2\x18\x02 \x01(\x01\x12\x0b\n\x03rho\x18\x03 \x01(\x01\"\xcb\x01\n\rAdafactorStep\x12\x0c\n\x04\x65ps1\x18\x01 \x01(\x01\x12\x0c\n\x04\x65ps2\x18\x02 \x01(\x01\x12\x16\n\x0e\x63lip_threshold\x18\x03 \x01(\x01\x12\r\n\x05\x62\x65ta1\x18\x04 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x05 \x01(\x01\x12<\n\x11weight_decay_mode\x18\x06 \x01(\x0e\x32!.adashard.wire.v1.WeightDecayMode\x12\x17\n\x0fscale_parameter\x18\x07 \x01(\x08\x12\n\n\x02lr\x18\x08 \x01(\x01\"}\n\tGroupStep\x12\x34\n\tadafactor\x18\x01 \x01(\x0b\x32\x1f.adashard.wire.v1.AdafactorStepH\x00\x12-\n\tschedules\x18\x0f \x03(\x0b\x32\x1a.adashard.wire.v1.ScheduleB\x0b\n\talgorithm\"\xcc\x01\n\x06Record\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x0f\n\x07workers\x18\x02 \x03(\t\x12\x0e\n\x06shares\x18\x03 \x03(\x01\x12*\n\x07outcome\x18\x04 \x01(\x0e\x32\x19.adashard.wire.v1.Outcome\x12\x0f\n\x07present\x18\x05 \x01(\x0c\x12\x13\n\x0bstep_counts\x18\x06 \x03(\x03\x12+\n\x06groups\x18\x07 \x03(\x0b\x32\x1b.adashard.wire.v1.GroupStep\x12\x14\n\x0csquared_norm\x18\x08 \x01(\x01\"?\n\x07Lineage\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12\x0e\n\x06origin\x18\x02 \x01(\t\x12\x14\n\x0c\x62\x61se_version\x18\x03 \x01(\x03\"D\n\x06Member\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x0f\n\x07leaving\x18\x04 \x01(\x08\"\x98\x02\n\x05\x45ntry\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x0e\n\x06\x61uthor\x18\x03 \x01(\t\x12)\n\x07workers\x18\x04 \x03(\x0b\x32\x18.adashard.wire.v1.Member\x12(\n\x06shards\x18\x05 \x03(\x0b\x32\x18.adashard.wire.v1.Member\x12\x11\n\tplacement\x18\x06 \x03(\x05\x12\x11\n\tnext_rank\x18\x07 \x01(\x05\x12*\n\x07lineage\x18\x08 \x01(\x0b\x32\x19.adashard.wire.v1.Lineage\x12\x0e\n\x06opened\x18\t \x01(\x08\x12\'\n\x04spec\x18\n \x01(\x0b\x32\x19.adashard.wire.v1.JobSpec\"8\n\x06Source\x12\r\n\x05slice\x18\x01 \x01(\x05\x12\x0e\n\x06member\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\"\x91\x01\n\x04Plan\x12&\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x17.adashard.wire.v1.Entry\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\x03\x12(\n\x06record\x18\x03 \x01(\x0b\x32\x18.adashard.wire.v1.Record\x12)\n\x07sources\x18\x04 \x03(\x0b\x32\x18.adashard.wire.v1.Source\"\xaa\x01\n\tErrorInfo\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06remedy\x18\x03 \x01(\t\x12;\n\x08metadata\x18\x04 \x03(\x0b\x32).adashard.wire.v1.ErrorInfo.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*k\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x11\n\rDTYPE_FLOAT64\x10\x04*h\n\x0c\x46\x61\x63toredAxes\x12\x1d\n\x19\x46\x41\x43TORED_AXES_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x46\x41\x43TORED_AXES_LAST_TWO\x10\x01\x12\x1d\n\x19\x46\x41\x43TORED_AXES_LARGEST_TWO\x10\x02*a\n\x0c\x45psPlacement\x12\x1d\n\x19\x45PS_PLACEMENT_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45PS_PLACEMENT_ADDED\x10\x01\x12\x19\n\x15\x45PS_PLACEMENT_CLAMPED\x10\x02*\x88\x01\n\x0fWeightDecayMode\x12!\n\x1dWEIGHT_DECAY_MODE_UNSPECIFIED\x10\x00\x12\x1b\n\x17WEIGHT_DECAY_MODE_ALPHA\x10\x01\x12\x18\n\x14WEIGHT_DECAY_MODE_LR\x10\x02\x12\x1b\n\x17WEIGHT_DECAY_MODE_PLAIN\x10\x03*G\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x11\n\rOUTCOME_APPLY\x10\x01\x12\x10\n\x0cOUTCOME_SKIP\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61\x64\x61shard/wire/v1/types.proto\x12\x10\x61\x64\x61shard.wire.v1\"\xb1\x01\n\x0f\x41\x64\x61\x66\x61\x63torLayout\x12\x35\n\rfactored_axes\x18\x01 \x01(\x0e\x32\x1e.adashard.wire.v1.FactoredAxes\x12\x1e\n\x16min_dim_size_to_factor\x18\x02 \x01(\x03\x12\x10\n\x08momentum\x18\x03 \x01(\x08\x12\x35\n\reps_placement\x18\x04 \x01(\x0e\x32\x1e.adashard.wire.v1.EpsPlacement\"L\n\x05Group\x12\x36\n\tadafactor\x18\x01 \x01(\x0b\x32!.adashard.wire.v1.AdafactorLayoutH\x00\x42\x0b\n\talgorithm\"7\n\tParameter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\r\n\x05group\x18\x03 \x01(\x05\"\x8d\x01\n\x07JobSpec\x12/\n\nparameters\x18\x01 \x03(\x0b\x32\x1b.adashard.wire.v1.Parameter\x12\'\n\x06groups\x18\x02 \x03(\x0b\x32\x17.adashard.wire.v1.Group\x12\x13\n\x0bslice_bytes\x18\x03 \x01(\x03\x12\x13\n\x0bmin_workers\x18\x04 \x01(\x05\":\n\x08Schedule\x12\x12\n\nstep_count\x18\x01 \x01(\x03\x12\r\n\x05\x62\x65ta2\x18\x02 \x01(\x01\x12\x0b\n\x03rho\x18\x03 \x01(\x01\"\xcb\x01\n\rAdafactorStep\x12\x0c\n\x04\x65ps1\x18\x01 \x01(\x01\x12\x0c\n\x04\x65ps2\x18\x02 \x01(\x01\x12\x16\n\x0e\x63lip_threshold\x18\x03 \x01(\x01\x12\r\n\x05\x62\x65ta1\x18\x04 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x05 \x01(\x01\x12<\n\x11weight_decay_mode\x18\x06 \x01(\x0e\x32!.adashard.wire.v1.WeightDecayMode\x12\x17\n\x0fscale_parameter\x18\x07 \x01(\x08\x12\n\n\x02lr\x18\x08 \x01(\x01\"}\n\tGroupStep\x12\x34\n\tadafactor\x18\x01 \x01(\x0b\x32\x1f.adashard.wire.v1.AdafactorStepH\x00\x12-\n\tschedules\x18\x0f \x03(\x0b\x32\x1a.adashard.wire.v1.ScheduleB\x0b\n\talgorithm\"\x8f\x01\n\x07Partial\x12\r\n\x05slice\x18\x01 \x01(\x05\x12\r\n\x05\x63ount\x18\x02 \x01(\x05\x12\x1a\n\x12weight_squared_sum\x18\x03 \x01(\x01\x12\x1a\n\x12update_squared_sum\x18\x04 \x01(\x01\x12\r\n\x05least\x18\x05 \x01(\x01\x12\x0f\n\x07squares\x18\x06 \x01(\x0c\x12\x0e\n\x06ratios\x18\x07 \x01(\x0c\"\x8e\x02\n\x06Record\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x0f\n\x07workers\x18\x02 \x03(\t\x12\x0e\n\x06shares\x18\x03 \x03(\x01\x12*\n\x07outcome\x18\x04 \x01(\x0e\x32\x19.adashard.wire.v1.Outcome\x12\x0f\n\x07present\x18\x05 \x01(\x0c\x12\x13\n\x0bstep_counts\x18\x06 \x03(\x03\x12+\n\x06groups\x18\x07 \x03(\x0b\x32\x1b.adashard.wire.v1.GroupStep\x12\x14\n\x0csquared_norm\x18\x08 \x01(\x01\x12\x13\n\x0bnorm_factor\x18\t \x01(\x01\x12+\n\x08partials\x18\n \x03(\x0b\x32\x19.adashard.wire.v1.Partial\"T\n\x07Lineage\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12\x0e\n\x06origin\x18\x02 \x01(\t\x12\x14\n\x0c\x62\x61se_version\x18\x03 \x01(\x03\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\"D\n\x06Member\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x0f\n\x07leaving\x18\x04 \x01(\x08\"\x98\x02\n\x05\x45ntry\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x0e\n\x06\x61uthor\x18\x03 \x01(\t\x12)\n\x07workers\x18\x04 \x03(\x0b\x32\x18.adashard.wire.v1.Member\x12(\n\x06shards\x18\x05 \x03(\x0b\x32\x18.adashard.wire.v1.Member\x12\x11\n\tplacement\x18\x06 \x03(\x05\x12\x11\n\tnext_rank\x18\x07 \x01(\x05\x12*\n\x07lineage\x18\x08 \x01(\x0b\x32\x19.adashard.wire.v1.Lineage\x12\x0e\n\x06opened\x18\t \x01(\x08\x12\'\n\x04spec\x18\n \x01(\x0b\x32\x19.adashard.wire.v1.JobSpec\"8\n\x06Source\x12\r\n\x05slice\x18\x01 \x01(\x05\x12\x0e\n\x06member\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\"\x91\x01\n\x04Plan\x12&\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x17.adashard.wire.v1.Entry\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\x03\x12(\n\x06record\x18\x03 \x01(\x0b\x32\x18.adashard.wire.v1.Record\x12)\n\x07sources\x18\x04 \x03(\x0b\x32\x18.adashard.wire.v1.Source\"\xaa\x01\n\tErrorInfo\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06remedy\x18\x03 \x01(\t\x12;\n\x08metadata\x18\x04 \x03(\x0b\x32).adashard.wire.v1.ErrorInfo.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*k\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x11\n\rDTYPE_FLOAT64\x10\x04*h\n\x0c\x46\x61\x63toredAxes\x12\x1d\n\x19\x46\x41\x43TORED_AXES_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x46\x41\x43TORED_AXES_LAST_TWO\x10\x01\x12\x1d\n\x19\x46\x41\x43TORED_AXES_LARGEST_TWO\x10\x02*a\n\x0c\x45psPlacement\x12\x1d\n\x19\x45PS_PLACEMENT_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45PS_PLACEMENT_ADDED\x10\x01\x12\x19\n\x15\x45PS_PLACEMENT_CLAMPED\x10\x02*\x88\x01\n\x0fWeightDecayMode\x12!\n\x1dWEIGHT_DECAY_MODE_UNSPECIFIED\x10\x00\x12\x1b\n\x17WEIGHT_DECAY_MODE_ALPHA\x10\x01\x12\x18\n\x14WEIGHT_DECAY_MODE_LR\x10\x02\x12\x1b\n\x17WEIGHT_DECAY_MODE_PLAIN\x10\x03*G\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x11\n\rOUTCOME_APPLY\x10\x01\x12\x10\n\x0cOUTCOME_SKIP\x10\x02*S\n\x08Rounding\x12\x18\n\x14ROUNDING_UNSPECIFIED\x10\x00\x12\x14\n\x10ROUNDING_NEAREST\x10\x01\x12\x17\n\x13ROUNDING_STOCHASTIC\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -23,16 +23,18 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
   _globals['_ERRORINFO_METADATAENTRY']._options = None
   _globals['_ERRORINFO_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_DTYPE']._serialized_start=1906
-  _globals['_DTYPE']._serialized_end=2013
-  _globals['_FACTOREDAXES']._serialized_start=2015
-  _globals['_FACTOREDAXES']._serialized_end=2119
-  _globals['_EPSPLACEMENT']._serialized_start=2121
-  _globals['_EPSPLACEMENT']._serialized_end=2218
-  _globals['_WEIGHTDECAYMODE']._serialized_start=2221
-  _globals['_WEIGHTDECAYMODE']._serialized_end=2357
-  _globals['_OUTCOME']._serialized_start=2359
-  _globals['_OUTCOME']._serialized_end=2430
+  _globals['_DTYPE']._serialized_start=2139
+  _globals['_DTYPE']._serialized_end=2246
+  _globals['_FACTOREDAXES']._serialized_start=2248
+  _globals['_FACTOREDAXES']._serialized_end=2352
+  _globals['_EPSPLACEMENT']._serialized_start=2354
+  _globals['_EPSPLACEMENT']._serialized_end=2451
+  _globals['_WEIGHTDECAYMODE']._serialized_start=2454
+  _globals['_WEIGHTDECAYMODE']._serialized_end=2590
+  _globals['_OUTCOME']._serialized_start=2592
+  _globals['_OUTCOME']._serialized_end=2663
+  _globals['_ROUNDING']._serialized_start=2665
+  _globals['_ROUNDING']._serialized_end=2748
   _globals['_ADAFACTORLAYOUT']._serialized_start=51
   _globals['_ADAFACTORLAYOUT']._serialized_end=228
   _globals['_GROUP']._serialized_start=230
@@ -47,20 +49,22 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_ADAFACTORSTEP']._serialized_end=773
   _globals['_GROUPSTEP']._serialized_start=775
   _globals['_GROUPSTEP']._serialized_end=900
-  _globals['_RECORD']._serialized_start=903
-  _globals['_RECORD']._serialized_end=1107
-  _globals['_LINEAGE']._serialized_start=1109
-  _globals['_LINEAGE']._serialized_end=1172
-  _globals['_MEMBER']._serialized_start=1174
-  _globals['_MEMBER']._serialized_end=1242
-  _globals['_ENTRY']._serialized_start=1245
-  _globals['_ENTRY']._serialized_end=1525
-  _globals['_SOURCE']._serialized_start=1527
-  _globals['_SOURCE']._serialized_end=1583
-  _globals['_PLAN']._serialized_start=1586
-  _globals['_PLAN']._serialized_end=1731
-  _globals['_ERRORINFO']._serialized_start=1734
-  _globals['_ERRORINFO']._serialized_end=1904
-  _globals['_ERRORINFO_METADATAENTRY']._serialized_start=1857
-  _globals['_ERRORINFO_METADATAENTRY']._serialized_end=1904
+  _globals['_PARTIAL']._serialized_start=903
+  _globals['_PARTIAL']._serialized_end=1046
+  _globals['_RECORD']._serialized_start=1049
+  _globals['_RECORD']._serialized_end=1319
+  _globals['_LINEAGE']._serialized_start=1321
+  _globals['_LINEAGE']._serialized_end=1405
+  _globals['_MEMBER']._serialized_start=1407
+  _globals['_MEMBER']._serialized_end=1475
+  _globals['_ENTRY']._serialized_start=1478
+  _globals['_ENTRY']._serialized_end=1758
+  _globals['_SOURCE']._serialized_start=1760
+  _globals['_SOURCE']._serialized_end=1816
+  _globals['_PLAN']._serialized_start=1819
+  _globals['_PLAN']._serialized_end=1964
+  _globals['_ERRORINFO']._serialized_start=1967
+  _globals['_ERRORINFO']._serialized_end=2137
+  _globals['_ERRORINFO_METADATAENTRY']._serialized_start=2090
+  _globals['_ERRORINFO_METADATAENTRY']._serialized_end=2137
 # @@protoc_insertion_point(module_scope)

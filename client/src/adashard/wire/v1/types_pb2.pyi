@@ -151,6 +151,30 @@ OUTCOME_SKIP: Outcome.ValueType  # 2
 """Nobody applied anything: a gradient was not finite."""
 global___Outcome = Outcome
 
+class _Rounding:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _RoundingEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Rounding.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    ROUNDING_UNSPECIFIED: _Rounding.ValueType  # 0
+    """Not stated: the push or pull is refused."""
+    ROUNDING_NEAREST: _Rounding.ValueType  # 1
+    """To nearest, ties to even."""
+    ROUNDING_STOCHASTIC: _Rounding.ValueType  # 2
+    """Up or down at random, with the chance that makes the mean exact."""
+
+class Rounding(_Rounding, metaclass=_RoundingEnumTypeWrapper):
+    """How master weights become narrower ones."""
+
+ROUNDING_UNSPECIFIED: Rounding.ValueType  # 0
+"""Not stated: the push or pull is refused."""
+ROUNDING_NEAREST: Rounding.ValueType  # 1
+"""To nearest, ties to even."""
+ROUNDING_STOCHASTIC: Rounding.ValueType  # 2
+"""Up or down at random, with the chance that makes the mean exact."""
+global___Rounding = Rounding
+
 @typing.final
 class AdafactorLayout(google.protobuf.message.Message):
     """What makes up Adafactor's state of a group of parameters; fixed for the job's life."""
@@ -366,6 +390,48 @@ class GroupStep(google.protobuf.message.Message):
 global___GroupStep = GroupStep
 
 @typing.final
+class Partial(google.protobuf.message.Message):
+    """What slices of one split parameter contribute to the sums over all of it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SLICE_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    WEIGHT_SQUARED_SUM_FIELD_NUMBER: builtins.int
+    UPDATE_SQUARED_SUM_FIELD_NUMBER: builtins.int
+    LEAST_FIELD_NUMBER: builtins.int
+    SQUARES_FIELD_NUMBER: builtins.int
+    RATIOS_FIELD_NUMBER: builtins.int
+    slice: builtins.int
+    """The first of the slices that are added up here."""
+    count: builtins.int
+    """How many there are: a subtree of the parameter's binary tree of slices."""
+    weight_squared_sum: builtins.float
+    """Sum of the squares of the weights before the step."""
+    update_squared_sum: builtins.float
+    """Sum of the squares of the update before clipping, where a slice knows that by itself."""
+    least: builtins.float
+    """The least mean along the axis that is cut; infinite where no factor lies along it."""
+    squares: builtins.bytes
+    """float32, little endian: sums of the squared gradient over the axis that is cut."""
+    ratios: builtins.bytes
+    """float32, little endian: the same sums, of squares divided by the factor along that axis."""
+    def __init__(
+        self,
+        *,
+        slice: builtins.int = ...,
+        count: builtins.int = ...,
+        weight_squared_sum: builtins.float = ...,
+        update_squared_sum: builtins.float = ...,
+        least: builtins.float = ...,
+        squares: builtins.bytes = ...,
+        ratios: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["count", b"count", "least", b"least", "ratios", b"ratios", "slice", b"slice", "squares", b"squares", "update_squared_sum", b"update_squared_sum", "weight_squared_sum", b"weight_squared_sum"]) -> None: ...
+
+global___Partial = Partial
+
+@typing.final
 class Record(google.protobuf.message.Message):
     """What a step was. The same bits whoever forms it; with the sums, all that a slice needs to take it."""
 
@@ -379,6 +445,8 @@ class Record(google.protobuf.message.Message):
     STEP_COUNTS_FIELD_NUMBER: builtins.int
     GROUPS_FIELD_NUMBER: builtins.int
     SQUARED_NORM_FIELD_NUMBER: builtins.int
+    NORM_FACTOR_FIELD_NUMBER: builtins.int
+    PARTIALS_FIELD_NUMBER: builtins.int
     step: builtins.int
     """The step."""
     outcome: global___Outcome.ValueType
@@ -387,6 +455,8 @@ class Record(google.protobuf.message.Message):
     """One bit per parameter, least significant first: whether any worker had a gradient."""
     squared_norm: builtins.float
     """Squared norm of the mean gradient over all slices; 0 where the step was skipped."""
+    norm_factor: builtins.float
+    """What the mean gradient is multiplied with: below 1 where its norm is above max_grad_norm."""
     @property
     def workers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Ids of the workers whose gradients were summed, in rank order."""
@@ -403,6 +473,10 @@ class Record(google.protobuf.message.Message):
     def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GroupStep]:
         """Hyper-parameters and scalars of each group."""
 
+    @property
+    def partials(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Partial]:
+        """The sums over each split parameter that was present, in registration order."""
+
     def __init__(
         self,
         *,
@@ -414,8 +488,10 @@ class Record(google.protobuf.message.Message):
         step_counts: collections.abc.Iterable[builtins.int] | None = ...,
         groups: collections.abc.Iterable[global___GroupStep] | None = ...,
         squared_norm: builtins.float = ...,
+        norm_factor: builtins.float = ...,
+        partials: collections.abc.Iterable[global___Partial] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["groups", b"groups", "outcome", b"outcome", "present", b"present", "shares", b"shares", "squared_norm", b"squared_norm", "step", b"step", "step_counts", b"step_counts", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["groups", b"groups", "norm_factor", b"norm_factor", "outcome", b"outcome", "partials", b"partials", "present", b"present", "shares", b"shares", "squared_norm", b"squared_norm", "step", b"step", "step_counts", b"step_counts", "workers", b"workers"]) -> None: ...
 
 global___Record = Record
 
@@ -428,20 +504,24 @@ class Lineage(google.protobuf.message.Message):
     NUMBER_FIELD_NUMBER: builtins.int
     ORIGIN_FIELD_NUMBER: builtins.int
     BASE_VERSION_FIELD_NUMBER: builtins.int
+    FINGERPRINT_FIELD_NUMBER: builtins.int
     number: builtins.int
     """The generation that made it."""
     origin: builtins.str
     """Id of the worker whose initial weights are version base_version."""
     base_version: builtins.int
     """The version that the origin supplied."""
+    fingerprint: builtins.str
+    """Of the optimizer state that the origin had loaded; empty for fresh weights."""
     def __init__(
         self,
         *,
         number: builtins.int = ...,
         origin: builtins.str = ...,
         base_version: builtins.int = ...,
+        fingerprint: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_version", b"base_version", "number", b"number", "origin", b"origin"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_version", b"base_version", "fingerprint", b"fingerprint", "number", b"number", "origin", b"origin"]) -> None: ...
 
 global___Lineage = Lineage
 
