@@ -20,16 +20,8 @@ from torch.optim.optimizer import ParamsT
 from adashard import schedule
 from adashard.optimizer import RemoteOptimizer
 from adashard.wire.errors import InvalidSettings
-from adashard.wire.messages import (
-    AdafactorLayout,
-    AdafactorStep,
-    EpsPlacement,
-    FactoredAxes,
-    Group,
-    GroupStep,
-    Schedule,
-    WeightDecayMode,
-)
+from adashard.wire.messages import AdafactorStep, GroupStep, Schedule
+from adashard.wire.spec import AdafactorLayout, EpsPlacement, FactoredAxes, Group, WeightDecayMode
 
 FACTORED_AXES = {"last_two": FactoredAxes.LAST_TWO, "largest_two": FactoredAxes.LARGEST_TWO}
 WEIGHT_DECAY_MODES = {

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from adashard.wire.errors import InvalidFrame
 from adashard.wire.frames import Extent, cut_runs, data_frame
-from adashard.wire.messages import DType, Entry, JobSpec, Member, Run
+from adashard.wire.messages import Entry, Member, Run
 from adashard.wire.placement import Slice, cut
+from adashard.wire.spec import DType, JobSpec
 from adashard.wire.tensors import as_buffer, flat_on_cpu, from_buffer, wire_dtype
 
 

@@ -42,7 +42,6 @@ from adashard.wire.messages import (
     FromCoordinator,
     GroupStep,
     Hello,
-    JobSpec,
     Logged,
     Member,
     Notice,
@@ -57,6 +56,7 @@ from adashard.wire.messages import (
     Welcome,
     WorkerHello,
 )
+from adashard.wire.spec import JobSpec
 from adashard.wire.version import VERSION
 from adashard.worker import Worker
 

@@ -108,12 +108,13 @@ def _varint(value: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """A slice as it is cut into runs: its length, the length of a row, and its format."""
+    """What is cut into runs: a slice or its state, by length, length of a row, and format."""
 
     slice: int
     count: int
     row: int
     dtype: DType
+    content: Content = Content.WEIGHT
 
 
 def cut_runs(extents: Iterable[Extent]) -> Iterator[tuple[Run, ...]]:
@@ -129,13 +130,23 @@ def cut_runs(extents: Iterable[Extent]) -> Iterator[tuple[Run, ...]]:
         while start < extent.count:
             count = _fitting(extent, start, room // item, fresh=not runs)
             if count:
-                runs.append(Run(slice=extent.slice, start=start, count=count, dtype=extent.dtype))
+                runs.append(_run(extent, start, count))
                 start, room = start + count, room - count * item
             if start < extent.count or len(runs) == RUNS_MAX:
                 yield tuple(runs)
                 runs, room = [], PAYLOAD_BYTES_MAX
     if runs:
         yield tuple(runs)
+
+
+def _run(extent: Extent, start: int, count: int) -> Run:
+    return Run(
+        slice=extent.slice,
+        start=start,
+        count=count,
+        dtype=extent.dtype,
+        content=extent.content,
+    )
 
 
 def _fitting(extent: Extent, start: int, room: int, *, fresh: bool) -> int:
