@@ -1,26 +1,25 @@
-"""A model is cut by its shapes alone, refused with its first fault, compared in one sentence."""
+"""A model is refused with its first fault, and compared with another in one sentence."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.wire.jobs import BIAS, EMBEDDING, WEIGHT, job, jobs, tensor
 
 from adashard.wire import placement
 from adashard.wire.errors import AdashardError, InvalidRequest, UnsupportedParameter
 from adashard.wire.placement import (
-    DEFAULT_SLICE_BYTES,
+    CLUSTER_DEFAULT,
     DIMENSIONS_MAX,
     ELEMENTS_MAX,
     NAME_LENGTH_MAX,
     SLICE_BYTES_MAX,
     SLICE_BYTES_MIN,
+    SLICES_MAX,
     WORKERS_MAX,
-    cut,
     first_difference,
     validate_spec,
 )
@@ -30,88 +29,7 @@ from adashard.wire.spec import (
     FactoredAxes,
     Group,
     JobSpec,
-    Parameter,
 )
-
-
-def job(*parameters: Parameter, **settings: Any) -> JobSpec:
-    defaults: dict[str, Any] = {
-        "groups": (Group(adafactor=AdafactorLayout()),),
-        "slice_bytes": DEFAULT_SLICE_BYTES,
-        "min_workers": 1,
-    }
-    return JobSpec(parameters=parameters, **(defaults | settings))
-
-
-def tensor(name: str, *shape: int, group: int = 0) -> Parameter:
-    return Parameter(name=name, shape=shape, group=group)
-
-
-EMBEDDING, WEIGHT, BIAS = tensor("embedding", 9, 4), tensor("weight", 4, 4), tensor("bias", 4)
-
-layouts = st.builds(
-    AdafactorLayout,
-    factored_axes=st.sampled_from([FactoredAxes.LAST_TWO, FactoredAxes.LARGEST_TWO]),
-    min_dim_size_to_factor=st.integers(1, 128),
-    momentum=st.booleans(),
-    eps_placement=st.sampled_from([EpsPlacement.ADDED, EpsPlacement.CLAMPED]),
-)
-groups = st.lists(st.builds(Group, adafactor=layouts), min_size=1, max_size=3)
-shapes = st.lists(st.integers(1, 2**5), max_size=DIMENSIONS_MAX).map(tuple)
-
-
-@st.composite
-def jobs(draw: st.DrawFn) -> JobSpec:
-    """Any job that can be trained."""
-    its_groups = draw(groups)
-    names = draw(st.lists(st.text(min_size=1, max_size=9), min_size=1, max_size=9, unique=True))
-    return JobSpec(
-        parameters=tuple(
-            Parameter(
-                name=name, shape=draw(shapes), group=draw(st.integers(0, len(its_groups) - 1))
-            )
-            for name in names
-        ),
-        groups=tuple(its_groups),
-        slice_bytes=draw(st.integers(SLICE_BYTES_MIN, SLICE_BYTES_MAX)),
-        min_workers=draw(st.integers(1, WORKERS_MAX)),
-    )
-
-
-# --- slices --------------------------------------------------------------------------------------
-
-
-@given(jobs())
-def test_slices_are_numbered_in_order_and_cover_every_parameter_exactly_once(spec: JobSpec):
-    slices = cut(spec)
-    assert [piece.index for piece in slices] == list(range(len(slices)))
-    assert [piece.parameter for piece in slices] == sorted(piece.parameter for piece in slices)
-    for index, parameter in enumerate(spec.parameters):
-        pieces = [piece for piece in slices if piece.parameter == index]
-        reached = 0
-        for piece in pieces:
-            assert piece.axis == pieces[0].axis
-            assert piece.start == reached < piece.stop
-            reached = piece.stop
-            whole = list(parameter.shape)
-            if whole:
-                whole[piece.axis] = piece.stop - piece.start
-            assert piece.shape == tuple(whole)
-        assert reached == (parameter.shape[pieces[0].axis] if parameter.shape else 1)
-        assert sum(piece.element_count for piece in pieces) == math.prod(parameter.shape)
-
-
-@given(jobs(), st.integers(1, WORKERS_MAX))
-def test_slices_do_not_depend_on_workers(spec: JobSpec, min_workers: int):
-    assert cut(spec) == cut(replace(spec, min_workers=min_workers))
-
-
-def test_bytes_are_those_of_float32():
-    (piece,) = cut(job(EMBEDDING))
-    assert (piece.element_count, piece.byte_count) == (36, 144)
-    (scalar,) = cut(job(tensor("scale")))
-    assert (scalar.element_count, scalar.byte_count, scalar.shape) == (1, 4, ())
-
 
 # --- limits --------------------------------------------------------------------------------------
 
@@ -126,7 +44,7 @@ def test_a_job_within_the_limits_is_accepted(spec: JobSpec):
     [
         (job(), InvalidRequest, "parameters is 0"),
         (job(WEIGHT, groups=()), InvalidRequest, "groups is 0"),
-        (job(WEIGHT, slice_bytes=SLICE_BYTES_MIN - 1), InvalidRequest, "slice_bytes is 4095"),
+        (job(WEIGHT, slice_bytes=SLICE_BYTES_MIN - 1), InvalidRequest, "slice_bytes is 63"),
         (job(WEIGHT, slice_bytes=SLICE_BYTES_MAX + 1), InvalidRequest, "slice_bytes is"),
         (job(WEIGHT, min_workers=0), InvalidRequest, "min_workers is 0; 1 to 64 are allowed"),
         (job(WEIGHT, min_workers=WORKERS_MAX + 1), InvalidRequest, "min_workers is 65"),
@@ -168,11 +86,21 @@ def test_what_stands_on_a_limit_is_accepted():
         job(
             tensor("n" * NAME_LENGTH_MAX, *[1] * DIMENSIONS_MAX),
             tensor("large", ELEMENTS_MAX),
-            slice_bytes=SLICE_BYTES_MIN,
+            slice_bytes=SLICE_BYTES_MAX,
             min_workers=WORKERS_MAX,
         )
     )
-    validate_spec(job(WEIGHT, slice_bytes=SLICE_BYTES_MAX))
+    validate_spec(job(WEIGHT, slice_bytes=SLICE_BYTES_MIN))
+
+
+def test_a_model_of_too_many_slices_is_refused_with_the_setting_that_makes_them():
+    rows = tensor("rows", SLICES_MAX, SLICE_BYTES_MIN // 4)
+    validate_spec(job(rows, slice_bytes=SLICE_BYTES_MIN))
+    with pytest.raises(InvalidRequest, match="slice_bytes=64 cuts the model into 1048577") as error:
+        validate_spec(job(rows, BIAS, slice_bytes=SLICE_BYTES_MIN))
+    assert error.value.facts["setting"] == "slice_bytes"
+    assert "larger slice_bytes=" in error.value.remedy
+    validate_spec(job(rows, BIAS, slice_bytes=CLUSTER_DEFAULT))
 
 
 def test_too_many_parameters_are_refused_before_they_are_looked_at(

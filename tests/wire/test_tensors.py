@@ -80,7 +80,9 @@ def test_a_tensor_of_another_layout_is_flattened_row_by_row():
     assert flat_on_cpu(matrix).tolist() == [0.0, 2.0, 4.0, 1.0, 3.0, 5.0]
 
 
-@pytest.mark.parametrize("tensor", [torch.arange(6.0)[::2], torch.ones(()).expand(3)])
+@pytest.mark.parametrize(
+    "tensor", [torch.arange(6.0)[::2], torch.arange(2.0)[::2], torch.ones(()).expand(3)]
+)
 def test_a_tensor_with_gaps_or_repetitions_is_flattened_into_one_piece(tensor):
     flat = flat_on_cpu(tensor)
     assert flat.is_contiguous()

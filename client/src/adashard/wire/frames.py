@@ -108,13 +108,23 @@ def _varint(value: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """What is cut into runs: a slice or its state, by length, length of a row, and format."""
+    """What is cut into runs: elements of a slice or of its state.
+
+    Attributes:
+        slice: the slice.
+        count: how many elements; with none it becomes one run that has none.
+        row: how long a row of the slice is.
+        dtype: the format in which they travel.
+        content: what of the slice they are.
+        start: the first of them.
+    """
 
     slice: int
     count: int
     row: int
     dtype: DType
     content: Content = Content.WEIGHT
+    start: int = 0
 
 
 def cut_runs(extents: Iterable[Extent]) -> Iterator[tuple[Run, ...]]:
@@ -126,13 +136,15 @@ def cut_runs(extents: Iterable[Extent]) -> Iterator[tuple[Run, ...]]:
     runs: list[Run] = []
     room = PAYLOAD_BYTES_MAX
     for extent in extents:
-        item, start = ITEM_BYTES[extent.dtype], 0
-        while start < extent.count:
+        item, start, stop = ITEM_BYTES[extent.dtype], extent.start, extent.start + extent.count
+        whole = False
+        while not whole:
             count = _fitting(extent, start, room // item, fresh=not runs)
-            if count:
+            if count or not extent.count:
                 runs.append(_run(extent, start, count))
                 start, room = start + count, room - count * item
-            if start < extent.count or len(runs) == RUNS_MAX:
+            whole = start == stop
+            if not whole or len(runs) == RUNS_MAX:
                 yield tuple(runs)
                 runs, room = [], PAYLOAD_BYTES_MAX
     if runs:
@@ -151,7 +163,7 @@ def _run(extent: Extent, start: int, count: int) -> Run:
 
 def _fitting(extent: Extent, start: int, room: int, *, fresh: bool) -> int:
     """How many elements from `start` fit into `room` elements and end at a border."""
-    rest = extent.count - start
+    rest = extent.start + extent.count - start
     if rest <= room:
         return rest
     block = 4 * extent.row

@@ -1,15 +1,21 @@
 """How a model is cut into slices, and when two models are the same.
 
 A slice is the unit of placement, of versions and recovery, and the leaf of every sum. Both ends
-derive the slices from the job's settings alone, so they are never sent: shapes and `slice_bytes`
-decide, and neither the number of shards nor who holds what.
+derive the slices from the job's settings alone, so they are never sent: shapes, the layouts of the
+groups and `slice_bytes` decide, and neither the number of shards nor who holds what.
+
+The slices of a parameter are the leaves of one binary tree, over which its sums are formed. Their
+number is a power of two, so that every subtree is full: an aligned run of slices is a node of the
+tree, and a shard that holds it sends one sum for all of it. Why this is so, and what it costs, is
+docs/decisions/0011.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from adashard.wire.errors import InvalidRequest, UnsupportedParameter
 from adashard.wire.schema import fields_of
@@ -28,7 +34,8 @@ PARAMETERS_MAX = 200_000
 NAME_LENGTH_MAX = 512
 DIMENSIONS_MAX = 8
 ELEMENTS_MAX = 1 << 40
-SLICE_BYTES_MIN, SLICE_BYTES_MAX = 4 << 10, 1 << 30
+SLICE_BYTES_MIN, SLICE_BYTES_MAX = 64, 1 << 30
+SLICES_MAX = 1 << 20
 CLUSTER_DEFAULT = 0  # a worker's slice_bytes that leaves the choice to the coordinator
 WORKERS_MAX = 64
 
@@ -42,10 +49,14 @@ class Slice:
     Attributes:
         index: its number in the job: by parameter, then by place in the parameter.
         parameter: index into `JobSpec.parameters`.
-        axis: the axis that is cut; 0 for a scalar.
+        axis: the axis that is cut, the same for all slices of a parameter; 0 for a scalar.
         start: first index along `axis`.
         stop: one beyond the last index along `axis`.
         shape: its own shape: the parameter's, with `stop - start` at `axis`.
+        place: its number among the slices of its parameter, and the leaf that it is in the one
+            binary tree over which sums over that parameter go.
+        count: how many slices its parameter has; a power of two.
+        axes: the two factored axes, row before column; None if the parameter is not factored.
     """
 
     index: int
@@ -54,6 +65,19 @@ class Slice:
     start: int
     stop: int
     shape: tuple[int, ...]
+    place: int
+    count: int
+    axes: tuple[int, int] | None
+
+    @property
+    def split(self) -> bool:
+        """Whether its parameter has more slices than this one, wherever they live."""
+        return self.count > 1
+
+    @property
+    def first(self) -> int:
+        """Index of the first slice of its parameter."""
+        return self.index - self.place
 
     @property
     def element_count(self) -> int:
@@ -66,22 +90,155 @@ class Slice:
         return _FLOAT32_BYTES * self.element_count
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A subtree of a parameter's tree: the run of slices that one partial sum stands for.
+
+    Attributes:
+        slice: index of the first slice of the run.
+        count: how many slices; a power of two that divides the place of the first.
+    """
+
+    slice: int
+    count: int
+
+
+# --- slices and nodes ----------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=8)
 def cut(spec: JobSpec) -> tuple[Slice, ...]:
     """The slices of a job, by index; together they cover every parameter exactly once.
 
-    Every parameter is one slice for now. `spec` must have passed `validate_spec`.
+    A parameter has as many slices as bring their mean size down to `slice_bytes`, rounded up to a
+    power of two, but no more than its axis is long. They are cut along one axis, of lengths that
+    differ by one at most.
+
+    Args:
+        spec: has passed `validate_spec`, and states its `slice_bytes`. The result is remembered
+            for the specifications seen last.
     """
-    return tuple(
-        Slice(
-            index=index,
-            parameter=index,
-            axis=0,
-            start=0,
-            stop=parameter.shape[0] if parameter.shape else 1,
-            shape=parameter.shape,
-        )
-        for index, parameter in enumerate(spec.parameters)
+    assert spec.slice_bytes != CLUSTER_DEFAULT, "slices are cut once the cluster's default is known"
+    slices = list[Slice]()
+    for number, parameter in enumerate(spec.parameters):
+        division = _division(spec, parameter)
+        slices += _slices_of(len(slices), number, parameter.shape, division)
+    return tuple(slices)
+
+
+def factored_axes(shape: Sequence[int], layout: AdafactorLayout) -> tuple[int, int] | None:
+    """The axes of a tensor that are factored, row before column; None keeps the full moment.
+
+    Args:
+        shape: of the tensor; with fewer than two axes there is nothing to factor.
+        layout: its group's. By `LARGEST_TWO` the two longest axes are factored, of equals the last
+            ones, instead of the last two. The rules differ for tensors like convolution kernels,
+            whose last two axes are the window. Both axes must have `min_dim_size_to_factor`.
+    """
+    if len(shape) < 2:
+        return None
+    axes: Sequence[int] = range(len(shape))
+    if layout.factored_axes is FactoredAxes.LARGEST_TWO:
+        axes = sorted(axes, key=shape.__getitem__)
+    row, column = sorted(axes[-2:])
+    if min(shape[row], shape[column]) < layout.min_dim_size_to_factor:
+        return None
+    return row, column
+
+
+def nodes(slices: Sequence[Slice], held: Iterable[int]) -> tuple[Node, ...]:
+    """The largest subtrees whose slices are all held, in order of their slices.
+
+    They are the fewest that cover what is held exactly once. A parameter that is not split is a
+    subtree of one slice.
+
+    Args:
+        slices: all of the job, as from `cut`.
+        held: indices of those that are held, in any order.
+    """
+    found = list[tuple[int, int]]()
+    for first in sorted(set(held)):
+        count = 1
+        while found and _are_siblings(slices, *found[-1], first, count):
+            first, count = found.pop()[0], 2 * count
+        found.append((first, count))
+    return tuple(Node(slice=first, count=count) for first, count in found)
+
+
+def _are_siblings(
+    slices: Sequence[Slice], left: int, left_count: int, right: int, right_count: int
+) -> bool:
+    """Whether two subtrees, the left one before the right, are the halves of a larger one."""
+    return (
+        left_count == right_count
+        and left + left_count == right
+        and slices[left].parameter == slices[right].parameter
+        and slices[left].place % (2 * left_count) == 0
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Division:
+    """How a parameter is cut: its factored axes, the axis that is cut, the number of slices."""
+
+    axes: tuple[int, int] | None
+    axis: int
+    count: int
+
+
+def _division(spec: JobSpec, parameter: Parameter) -> _Division:
+    layout = spec.groups[parameter.group].adafactor
+    assert layout is not None
+    return _division_of(parameter.shape, layout, spec.slice_bytes)
+
+
+@lru_cache(maxsize=1024)  # a model has many parameters, and few shapes
+def _division_of(shape: tuple[int, ...], layout: AdafactorLayout, slice_bytes: int) -> _Division:
+    """How a tensor of `shape` is cut.
+
+    Batch axes come first, as slices of a batch of matrices have their factors to themselves. Of
+    the factored axes it is the longer one: a partial sum is as long as the other.
+    """
+    axes = factored_axes(shape, layout)
+    if not shape:
+        return _Division(axes, 0, 1)
+    wanted = _power_of_two_from(-(-_FLOAT32_BYTES * math.prod(shape) // slice_bytes))
+    candidates = list(range(len(shape)))
+    if axes is not None:
+        longer = max(axes, key=shape.__getitem__)
+        candidates = [axis for axis in candidates if axis not in axes] + [longer]
+    long_enough = (axis for axis in candidates if shape[axis] >= wanted)
+    axis = next(long_enough, max(candidates, key=shape.__getitem__))
+    return _Division(axes, axis, min(wanted, _power_of_two_to(shape[axis])))
+
+
+def _power_of_two_from(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
+def _power_of_two_to(most: int) -> int:
+    return 1 << (most.bit_length() - 1)
+
+
+def _slices_of(
+    index: int, parameter: int, shape: tuple[int, ...], division: _Division
+) -> Iterator[Slice]:
+    """The slices of one parameter; `index` is that of the first."""
+    axis, count = division.axis, division.count
+    length = shape[axis] if shape else 1
+    for place in range(count):
+        start, stop = place * length // count, (place + 1) * length // count
+        yield Slice(
+            index=index + place,
+            parameter=parameter,
+            axis=axis,
+            start=start,
+            stop=stop,
+            shape=shape if count == 1 else (*shape[:axis], stop - start, *shape[axis + 1 :]),
+            place=place,
+            count=count,
+            axes=division.axes,
+        )
 
 
 # --- what a job may be ---------------------------------------------------------------------------
@@ -89,6 +246,9 @@ def cut(spec: JobSpec) -> tuple[Slice, ...]:
 
 def validate_spec(spec: JobSpec) -> None:
     """Refuses a job that cannot be trained, with the first reason.
+
+    How many slices there are is looked at where `slice_bytes` is stated: a job that leaves it to
+    the cluster has to be validated again with the cluster's.
 
     Raises:
         UnsupportedParameter: a tensor is empty, or too large.
@@ -110,6 +270,20 @@ def validate_spec(spec: JobSpec) -> None:
                 f"parameters {first} and {index} have the same name {parameter.name!r}",
                 parameter=parameter.name,
             )
+    if spec.slice_bytes != CLUSTER_DEFAULT:
+        _check_slice_count(spec)
+
+
+def _check_slice_count(spec: JobSpec) -> None:
+    """Counts the slices without cutting any: there may be far too many."""
+    count = sum(_division(spec, parameter).count for parameter in spec.parameters)
+    if count > SLICES_MAX:
+        raise InvalidRequest(
+            f"slice_bytes={spec.slice_bytes} cuts the model into {count} slices; "
+            f"{SLICES_MAX} are allowed",
+            remedy="Choose a larger slice_bytes=: twice the bytes make half the slices.",
+            setting="slice_bytes",
+        )
 
 
 def _check_range(name: str, value: int, least: int, most: int) -> None:

@@ -55,12 +55,23 @@ def as_buffer(flat: Tensor) -> memoryview:
 
 def from_buffer(buffer: memoryview, dtype: DType) -> Tensor:
     """A flat tensor over `buffer`, not copied; it must not be written to."""
+    if not buffer.nbytes:
+        return torch.empty(0, dtype=torch_dtype(dtype))  # frombuffer refuses to make one
     return torch.frombuffer(buffer, dtype=torch_dtype(dtype))
 
 
 def flat_on_cpu(tensor: Tensor) -> Tensor:
     """`tensor` in row-major order on the CPU, flat; a view where that is possible."""
-    return tensor.detach().reshape(-1).contiguous().cpu()
+    return flat_view(tensor.detach().contiguous().cpu())
+
+
+def flat_view(tensor: Tensor) -> Tensor:
+    """A contiguous tensor, flat, over the same memory.
+
+    torch calls one of a single element contiguous whatever its strides are; here it has stride 1,
+    as `as_buffer` needs it.
+    """
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 # torch warns once a process about tensors over read-only memory; ours are never written to.
