@@ -41,6 +41,15 @@ def test_the_weights_of_all_past_gradients_add_up_to_one(steps, decay_rate):
     assert total == pytest.approx(1)
 
 
+@given(step_count=step_counts, decay_rate=decay_rates, step_offset=st.integers(0, 10**7))
+def test_an_offset_counts_steps_from_there_and_keeps_nothing_before(
+    step_count, decay_rate, step_offset
+):
+    found = schedule.beta2(step_offset + step_count, decay_rate, step_offset)
+    assert found == schedule.beta2(step_count, decay_rate)
+    assert schedule.beta2(min(step_count, step_offset + 1), decay_rate, step_offset) == 0
+
+
 @given(steps=st.integers(1, 50))
 def test_a_decay_rate_of_minus_one_is_the_plain_mean(steps):
     mean = 0.0

@@ -119,14 +119,12 @@ class Config:
     def knobs(self) -> dict[str, Any]:
         """The configuration as keyword arguments of `adashard.Adafactor`."""
         meant = self.semantics
-        semantics = "torch" if meant["rho"] == "torch" else "paper"
-        eps1 = meant["eps1"]
-        if semantics == "torch" and meant["eps_mode"] == "paper":
-            eps1 **= 0.5  # what sqrt(V) is held above, where it was to be added to the square
+        by_optax = meant["factor"] == "largest2"
         return {
-            "semantics": semantics,
+            "semantics": "torch" if meant["rho"] == "torch" else "optax" if by_optax else "paper",
             "lr": meant["lr"],
-            "eps": (eps1, meant["eps2"]),
+            "eps": (meant["eps1"], meant["eps2"]),
+            "eps_placement": {"paper": "added", "torch": "clamped"}[meant["eps_mode"]],
             "clip_threshold": meant["d"],
             "decay_rate": -meant["c"],
             "beta1": meant["beta1"],
@@ -135,7 +133,7 @@ class Config:
             "scale_parameter": meant["scale_parameter"],
             "relative_step": meant["rho"] != "const",
             "warmup_init": meant["rho"] == "warmup",
-            "factored_axes": {"last2": "last_two", "largest2": "largest_two"}[meant["factor"]],
+            "factored_axes": "largest_two" if by_optax else "last_two",
             "min_dim_size_to_factor": meant["min_dim"],
         }
 

@@ -1,95 +1,80 @@
-"""Adafactor as a worker sees it: its settings, what they mean when left out, and what contradicts.
+"""Adafactor as a worker sees it: its arguments, and what of them travels with a step.
 
-A *knob* is a hyper-parameter as the user gives it; None means "what the semantics says". `resolve`
-turns knobs into *settings*: every value stated, checked, and of one type. Param groups hold
-settings, live: what a scheduler writes into `param_groups[i]["lr"]` travels with the next push.
+`knobs` says what the arguments mean. Param groups hold settings, live: what a scheduler writes
+into `param_groups[i]["lr"]` travels with the next push.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Mapping
-from numbers import Real
-from types import MappingProxyType
-from typing import Any, NamedTuple, TypeGuard
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from adashard import schedule
+from adashard import knobs, schedule
 from adashard.optimizer import RemoteOptimizer
-from adashard.wire.errors import InvalidSettings
 from adashard.wire.messages import AdafactorStep, GroupStep, Schedule
-from adashard.wire.spec import AdafactorLayout, EpsPlacement, FactoredAxes, Group, WeightDecayMode
-
-FACTORED_AXES = {"last_two": FactoredAxes.LAST_TWO, "largest_two": FactoredAxes.LARGEST_TWO}
-WEIGHT_DECAY_MODES = {
-    "alpha": WeightDecayMode.ALPHA,
-    "lr": WeightDecayMode.LR,
-    "plain": WeightDecayMode.PLAIN,
-}
-EPS_PLACEMENTS = {"paper": EpsPlacement.ADDED, "torch": EpsPlacement.CLAMPED}
-
-_PAPER: dict[str, Any] = {
-    "lr": None,
-    "eps": (1e-30, 1e-3),
-    "clip_threshold": 1.0,
-    "decay_rate": -0.8,
-    "beta1": None,
-    "weight_decay": 0.0,
-    "scale_parameter": True,
-    "relative_step": True,
-    "warmup_init": False,
-    "factored_axes": "last_two",
-    "min_dim_size_to_factor": 1,
-    "weight_decay_mode": "alpha",
-}
-_TORCH = {
-    **_PAPER,
-    "lr": 1e-2,
-    # torch takes it from the parameter's dtype; weights on a shard are float32 whatever that is.
-    "eps": (torch.finfo(torch.float32).eps, 1e-3),
-    "weight_decay_mode": "lr",
-}
-SEMANTICS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"paper": _PAPER, "torch": _TORCH})
-"""What each knob means when it is left at None."""
-
-KNOBS = tuple(_PAPER)
-"""Names of all knobs, in the order of the constructor."""
+from adashard.wire.spec import AdafactorLayout, Group
 
 
 class Adafactor(RemoteOptimizer):
     """Adafactor whose weights and state live on shards.
 
     Takes the place of `transformers.Adafactor` or `torch.optim.Adafactor` in a training script.
-    Every knob may stand in a param group of its own; one left at None, there or here, means what
-    `semantics` says:
+    Every knob, which is all from `lr` to `step_offset`, may stand in a param group of its own; one
+    left at None, there or here, means what `semantics` says:
 
     - `"paper"`: Adafactor as published, and transformers' defaults. The step is relative: it needs
       no learning rate, and refuses one unless `relative_step=False`.
     - `"torch"`: `torch.optim.Adafactor`. `lr` caps the relative step, eps1 is a lower bound
       instead of a summand, weight decay is multiplied with `lr`.
+    - `"transformers-trainer"`: `optim="adafactor"` of transformers' Trainer. As "paper", but the
+      step is `lr` = 5e-5, neither relative nor scaled. (Trainer clips at a norm of 1.0 besides:
+      `max_grad_norm=1.0` does here.)
+    - `"optax"`: `optax.adafactor`. As "paper", but the step is `lr` = 1.0 times the parameter's
+      scale, the two largest axes are factored, from 128 up, and weight decay is plain.
 
     Args:
         params: tensors, groups, or named pairs as `model.named_parameters()` gives them.
         lr: learning rate, a number or a tensor of one element. paper: None, also in the param
-            groups, so schedulers need `relative_step=False`; torch: 1e-2.
+            groups, so schedulers need `relative_step=False`; torch: 1e-2; transformers-trainer:
+            5e-5; optax: 1.0. A relative step takes none but under "torch".
         eps: (eps1, eps2): regularisation of the squared gradient, and the least scale that a
-            parameter counts with. paper: (1e-30, 1e-3); torch: (1.19e-7, 1e-3).
+            parameter counts with. (1e-30, 1e-3); torch: (1.19e-7, 1e-3).
         clip_threshold: RMS that updates are clipped to, 1.0; infinity clips nothing.
         decay_rate: the second moment keeps 1 - t^decay_rate of itself in step t; -0.8.
         beta1: decay of the first moment; None has none, and needs no memory for it.
         weight_decay: 0.0. What it is multiplied with, `weight_decay_mode` says.
-        scale_parameter: whether the step is multiplied with the RMS of the parameter; True.
-        relative_step: whether the step size falls with 1 / sqrt(t); True. If not, it is `lr`.
-        warmup_init: whether the relative step grows by 1e-6 a step at first; False. paper only.
-        semantics: what knobs mean that are left out, and where eps1 enters.
-        factored_axes: "last_two", or "largest_two" (as optax and T5 do).
-        min_dim_size_to_factor: both factored axes must be at least this long, 1; otherwise the
-            second moment is kept whole.
+        scale_parameter: whether the step is multiplied with the RMS of the parameter; True;
+            transformers-trainer: False.
+        relative_step: whether the step size falls with 1 / sqrt(t); True; transformers-trainer and
+            optax: False. If not, it is `lr`.
+        warmup_init: whether the relative step grows by 1e-6 a step at first; False. Not for torch.
+        semantics: what knobs mean that are left out, and whether `lr` caps a relative step.
+        eps_placement: eps1 is "added" to the squared gradient; torch: "clamped", it bounds
+            mean(R) and sqrt(V) from below.
+        factored_axes: "last_two"; optax: "largest_two" (as T5 does).
+        min_dim_size_to_factor: both factored axes must be at least this long, otherwise the
+            second moment is kept whole. 1; optax: 128.
         weight_decay_mode: weights shrink by weight_decay times "alpha" (the step size, with the
-            parameter's scale; paper), times "lr" (torch), or by itself ("plain").
+            parameter's scale; paper, transformers-trainer), times "lr" (torch), or by itself
+            ("plain"; optax).
+        step_offset: updates that the second moment counts as not taken, 0: beta2 is that of
+            max(1, t - step_offset), the relative step's size that of t. Given the step count that
+            a fine-tuning starts from, it forgets the squares of all training before, as
+            `decay_offset` of optax and t5x does. Up to there only the latest squares count, where
+            those two give NaN.
+        max_grad_norm: largest norm of the whole gradient: over all parameters and shards, of the
+            mean over workers. Longer ones are scaled down to it, which costs the shards one more
+            exchange a step; None clips nothing.
+        rounding: how weights become those of a reply below float32, "nearest" or "stochastic".
+            The latter rounds up or down by chance, so that the mean is the shard's weight. That
+            is float32: steps too small for a reply's format add up there with either.
+        seed: of that chance, from 0 to 2**63 - 1; without effect on "nearest".
+        reply_dtype: in which weights travel to the worker: `torch.float32`, `bfloat16` or
+            `float16`; None is each parameter's own.
         slice_bytes: largest piece that a parameter is placed in; None for the server's default.
         address: host:port of the coordinator; None for `ADASHARD_ADDRESS`.
         job: name of the training; workers of one job train one model together.
@@ -120,9 +105,15 @@ class Adafactor(RemoteOptimizer):
         warmup_init: bool | None = None,
         *,
         semantics: str = "paper",
+        eps_placement: str | None = None,
         factored_axes: str | None = None,
         min_dim_size_to_factor: int | None = None,
         weight_decay_mode: str | None = None,
+        step_offset: int | None = None,
+        max_grad_norm: float | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+        reply_dtype: torch.dtype | None = None,
         slice_bytes: int | None = None,
         address: str | None = None,
         job: str = "default",
@@ -131,7 +122,11 @@ class Adafactor(RemoteOptimizer):
         on_existing: str = "resume",
         token: str | None = None,
     ) -> None:
-        knobs = {
+        job_settings = knobs.resolve_job_settings(
+            max_grad_norm=max_grad_norm, rounding=rounding, seed=seed, reply_dtype=reply_dtype
+        )
+        defaults = {
+            "semantics": semantics,
             "lr": lr,
             "eps": eps,
             "clip_threshold": clip_threshold,
@@ -141,13 +136,15 @@ class Adafactor(RemoteOptimizer):
             "scale_parameter": scale_parameter,
             "relative_step": relative_step,
             "warmup_init": warmup_init,
+            "eps_placement": eps_placement,
             "factored_axes": factored_axes,
             "min_dim_size_to_factor": min_dim_size_to_factor,
             "weight_decay_mode": weight_decay_mode,
+            "step_offset": step_offset,
         }
         super().__init__(
             params,
-            {**knobs, "semantics": semantics},
+            defaults,
             address=address,
             job=job,
             slice_bytes=slice_bytes,
@@ -155,11 +152,13 @@ class Adafactor(RemoteOptimizer):
             nonfinite=nonfinite,
             on_existing=on_existing,
             token=token,
+            **job_settings,
         )
 
     def _resolve_group(self, group: dict[str, Any]) -> None:
         """Puts settings in the place of the group's knobs."""
-        group.update(resolve(group, group["semantics"]))
+        knobs.refuse_job_settings_in(group)
+        group.update(knobs.resolve(group, group["semantics"]))
 
     def _layout(self, group: dict[str, Any]) -> Group:
         """What of the group's settings is fixed once the job knows it."""
@@ -179,26 +178,26 @@ class Adafactor(RemoteOptimizer):
 def layout(group: Mapping[str, Any]) -> AdafactorLayout:
     """What the settings of a param group make of its state on a shard."""
     return AdafactorLayout(
-        factored_axes=FACTORED_AXES[group["factored_axes"]],
+        factored_axes=knobs.FACTORED_AXES[group["factored_axes"]],
         min_dim_size_to_factor=group["min_dim_size_to_factor"],
         momentum=group["beta1"] is not None,
-        eps_placement=EPS_PLACEMENTS[group["semantics"]],
+        eps_placement=knobs.EPS_PLACEMENTS[group["eps_placement"]],
     )
 
 
 def settings_now(group: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a live param group for one step, checked again: schedulers write there.
 
-    `lr` is None where the step does not use it. Under "paper" a relative step does not, whatever
-    a scheduler has written, as in transformers.
+    `lr` is None where the step does not use it, whatever a scheduler has written, as in
+    transformers.
 
     Raises:
         InvalidSettings: a value that was written has no meaning.
     """
     group = dict(group)
-    if group["semantics"] == "paper" and group["relative_step"]:
+    if not knobs.lr_counts(group, group["semantics"]):
         group["lr"] = None
-    return resolve(group, group["semantics"])
+    return knobs.resolve(group, group["semantics"])
 
 
 def adafactor_step(settings: Mapping[str, Any]) -> AdafactorStep:
@@ -210,7 +209,7 @@ def adafactor_step(settings: Mapping[str, Any]) -> AdafactorStep:
         clip_threshold=settings["clip_threshold"],
         beta1=settings["beta1"] or 0.0,
         weight_decay=settings["weight_decay"],
-        weight_decay_mode=WEIGHT_DECAY_MODES[settings["weight_decay_mode"]],
+        weight_decay_mode=knobs.WEIGHT_DECAY_MODES[settings["weight_decay_mode"]],
         scale_parameter=settings["scale_parameter"],
         lr=float(settings["lr"] or 0.0),
     )
@@ -222,7 +221,7 @@ def schedules(settings: Mapping[str, Any], step_counts: Iterable[int]) -> tuple[
     return tuple(
         Schedule(
             step_count=step_count,
-            beta2=schedule.beta2(step_count, settings["decay_rate"]),
+            beta2=schedule.beta2(step_count, settings["decay_rate"], settings["step_offset"]),
             rho=schedule.rho(
                 step_count,
                 lr=lr,
@@ -232,171 +231,3 @@ def schedules(settings: Mapping[str, Any], step_counts: Iterable[int]) -> tuple[
         )
         for step_count in sorted(set(step_counts))
     )
-
-
-# --- from knobs to settings -----------------------------------------------------------------------
-
-
-def resolve(knobs: Mapping[str, Any], semantics: str) -> dict[str, Any]:
-    """Turns knobs into settings. Pure; settings resolve to themselves.
-
-    Args:
-        knobs: by name; None or missing means what `semantics` says. Other names are ignored.
-        semantics: "paper" or "torch".
-
-    Returns:
-        Every name of `KNOBS` with its value. Numbers are floats, but `lr` stays the tensor that it
-        is, for schedulers write into it.
-
-    Raises:
-        InvalidSettings: a value has no meaning, or two contradict each other.
-    """
-    _choice("semantics", semantics, SEMANTICS)
-    settings = {
-        name: default if knobs.get(name) is None else _CHECKS[name](name, knobs[name])
-        for name, default in SEMANTICS[semantics].items()
-    }
-    settings["eps"] = tuple(
-        default if eps is None else eps
-        for eps, default in zip(settings["eps"], SEMANTICS[semantics]["eps"], strict=True)
-    )
-    _refuse_contradictions(settings, semantics)
-    return settings
-
-
-def _refuse_contradictions(settings: Mapping[str, Any], semantics: str) -> None:
-    """Raises where two settings cannot both be meant; the first two are also transformers'."""
-    relative, lr = settings["relative_step"], settings["lr"]
-    if semantics == "paper" and relative and lr is not None:
-        raise _contradiction(
-            "a relative step computes its own size",
-            "Give relative_step=False to use lr, or leave lr out.",
-            lr=lr,
-            relative_step=relative,
-            semantics=semantics,
-        )
-    if settings["warmup_init"] and not relative:
-        raise _contradiction(
-            "warm-up shapes the relative step",
-            "Leave warmup_init out and warm up by a scheduler, or give relative_step=True.",
-            warmup_init=True,
-            relative_step=relative,
-        )
-    if settings["warmup_init"] and semantics == "torch":
-        raise _contradiction(
-            "there lr caps the relative step, and warm-up would replace it",
-            "Leave warmup_init out and warm up by a scheduler, or give semantics='paper'.",
-            warmup_init=True,
-            semantics=semantics,
-        )
-    if not relative and lr is None:
-        raise _contradiction(
-            "a step that is not relative has no other size",
-            "Give lr, or leave relative_step out.",
-            relative_step=relative,
-            lr=lr,
-        )
-    if settings["weight_decay_mode"] == "lr" and lr is None:
-        raise _contradiction(
-            "there is no lr to multiply with",
-            "Give weight_decay_mode='alpha' or 'plain', or relative_step=False with lr.",
-            weight_decay_mode="lr",
-            lr=lr,
-        )
-
-
-# --- the meaning of single values -----------------------------------------------------------------
-
-
-class _Range(NamedTuple):
-    """Numbers that a knob can take: a test, and its words."""
-
-    holds: Callable[[float], bool]
-    words: str
-
-
-_NOT_NEGATIVE = _Range(lambda number: 0 <= number < math.inf, "a number, 0 or more")
-_RANGES = {
-    "lr": _NOT_NEGATIVE,
-    "clip_threshold": _Range(lambda number: number > 0, "a number above 0, float('inf') for off"),
-    "decay_rate": _Range(lambda number: -math.inf < number <= 0, "a number, 0 or less, as -0.8"),
-    "beta1": _Range(lambda number: 0 <= number < 1, "a number from 0 up to, not including, 1"),
-    "weight_decay": _NOT_NEGATIVE,
-}
-
-
-def _is_number(value: object, allowed: _Range) -> TypeGuard[Real]:
-    """Whether the value is a number in its range; True, "1e-3" and NaN are none."""
-    return not isinstance(value, bool) and isinstance(value, Real) and allowed.holds(float(value))
-
-
-def _number(name: str, value: object) -> float:
-    if not _is_number(value, _RANGES[name]):
-        raise _meaningless(name, value, _RANGES[name].words)
-    return float(value)
-
-
-def _number_or_tensor(name: str, value: object) -> float | Tensor:
-    if not isinstance(value, Tensor):
-        return _number(name, value)
-    if value.numel() != 1:
-        raise _meaningless(name, value, "a number, or a tensor of one element")
-    _number(name, value.item())
-    return value
-
-
-def _eps(name: str, value: object) -> tuple[float | None, ...]:
-    """eps1 and eps2, of which either may be left to the semantics."""
-    words = "two numbers, (eps1, eps2), 0 or more"
-    if not isinstance(value, tuple | list) or len(value) != 2:
-        raise _meaningless(name, value, words)
-    if not all(eps is None or _is_number(eps, _NOT_NEGATIVE) for eps in value):
-        raise _meaningless(name, value, words)
-    return tuple(None if eps is None else float(eps) for eps in value)
-
-
-def _choice(name: str, value: object, choices: Collection[str]) -> str:
-    if not isinstance(value, str) or value not in choices:
-        raise _meaningless(name, value, " or ".join(map(repr, choices)))
-    return value
-
-
-def _whole_number(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _meaningless(name, value, "a whole number, 1 or more")
-    return value
-
-
-def _yes_or_no(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise _meaningless(name, value, "True or False")
-    return value
-
-
-_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
-    "lr": _number_or_tensor,
-    "eps": _eps,
-    "clip_threshold": _number,
-    "decay_rate": _number,
-    "beta1": _number,
-    "weight_decay": _number,
-    "scale_parameter": _yes_or_no,
-    "relative_step": _yes_or_no,
-    "warmup_init": _yes_or_no,
-    "factored_axes": lambda name, value: _choice(name, value, FACTORED_AXES),
-    "min_dim_size_to_factor": _whole_number,
-    "weight_decay_mode": lambda name, value: _choice(name, value, WEIGHT_DECAY_MODES),
-}
-
-
-def _meaningless(name: str, value: object, allowed: str) -> InvalidSettings:
-    return InvalidSettings(
-        f"{name}={value!r} has no meaning here",
-        remedy=f"Give {allowed}.",
-        **{name: value},
-    )
-
-
-def _contradiction(why: str, remedy: str, **both: object) -> InvalidSettings:
-    named = " and ".join(f"{name}={value!r}" for name, value in both.items())
-    return InvalidSettings(f"{named} contradict each other: {why}", remedy=remedy, **both)

@@ -19,7 +19,7 @@ WARMUP_SLOPE = 1e-6
 """What the cap grows by with each step of the paper's warm-up."""
 
 
-def beta2(step_count: int, decay_rate: float) -> float:
+def beta2(step_count: int, decay_rate: float, step_offset: int = 0) -> float:
     """How much of the old second moment step t keeps: beta2_t = 1 - t^decay_rate.
 
     It is 0 at t = 1, so the average begins with the first gradient and has no bias to correct.
@@ -28,8 +28,11 @@ def beta2(step_count: int, decay_rate: float) -> float:
     Args:
         step_count: t, the parameter's own count of updates, the one at hand included; from 1.
         decay_rate: 0 or less; the paper's is -0.8.
+        step_offset: 0 or more; t is counted from there on, as with `decay_offset` of t5x and
+            optax. Up to there it is taken for 1, so that only the latest gradient counts, where
+            those compute NaN.
     """
-    return float(1.0 - step_count**decay_rate)
+    return float(1.0 - max(1, step_count - step_offset) ** decay_rate)
 
 
 def rho(step_count: int, *, lr: float | None, relative_step: bool, warmup_init: bool) -> float:
