@@ -1,4 +1,4 @@
-"""Which axes are factored, and what the factors say of the whole moment."""
+"""What the factors say of the whole moment."""
 
 from __future__ import annotations
 
@@ -10,61 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adashard_server.optim import factored
-from adashard_server.optim.factored import Axes, factored_axes
-
-shapes = st.lists(st.integers(0, 9), max_size=5).map(tuple)
-
-
-@given(shape=shapes, largest_two=st.booleans(), shortest=st.integers(1, 9))
-def test_factored_axes_are_two_different_ones_in_order_and_long_enough(
-    shape, largest_two, shortest
-):
-    axes = factored_axes(shape, largest_two=largest_two, min_dim_size_to_factor=shortest)
-    if axes is not None:
-        assert 0 <= axes.row < axes.column < len(shape)
-        assert min(shape[axes.row], shape[axes.column]) >= shortest
-
-
-@given(shape=shapes, shortest=st.integers(1, 9))
-def test_no_axis_left_out_is_longer_than_the_largest_two(shape, shortest):
-    axes = factored_axes(shape, largest_two=True, min_dim_size_to_factor=shortest)
-    if axes is None:
-        assert len(shape) < 2 or sorted(shape)[-2] < shortest
-    else:
-        assert sorted([shape[axes.row], shape[axes.column]]) == sorted(shape)[-2:]
-
-
-@given(shape=st.tuples(st.integers(1, 9), st.integers(1, 9)), largest_two=st.booleans())
-def test_a_matrix_is_factored_over_its_two_axes_by_either_rule(shape, largest_two):
-    assert factored_axes(shape, largest_two=largest_two, min_dim_size_to_factor=1) == (0, 1)
-
-
-@pytest.mark.parametrize(
-    ("shape", "last_two", "largest_two", "last_two_from_4", "largest_two_from_4"),
-    [
-        ((), None, None, None, None),
-        ((1,), None, None, None, None),
-        ((1000,), None, None, None, None),
-        ((7, 13), (0, 1), (0, 1), (0, 1), (0, 1)),
-        ((1, 12), (0, 1), (0, 1), None, None),
-        ((0, 12), None, None, None, None),
-        ((3, 5, 8), (1, 2), (1, 2), (1, 2), (1, 2)),
-        ((8, 5, 3), (1, 2), (0, 1), None, (0, 1)),
-        ((4, 1, 6), (1, 2), (0, 2), None, (0, 2)),
-        ((6, 4, 3, 3), (2, 3), (0, 1), None, (0, 1)),
-        ((3, 3, 4, 6), (2, 3), (2, 3), (2, 3), (2, 3)),
-        ((4, 4, 4), (1, 2), (1, 2), (1, 2), (1, 2)),
-        ((4, 9, 4), (1, 2), (1, 2), (1, 2), (1, 2)),
-        ((9, 4, 4), (1, 2), (0, 2), (1, 2), (0, 2)),
-    ],
-)
-def test_axes_by_shape(shape, last_two, largest_two, last_two_from_4, largest_two_from_4):
-    found = [
-        factored_axes(shape, largest_two=largest, min_dim_size_to_factor=shortest)
-        for shortest in (1, 4)
-        for largest in (False, True)
-    ]
-    assert found == [last_two, largest_two, last_two_from_4, largest_two_from_4]
+from adashard_server.optim.factored import Axes
 
 
 def test_row_means_keep_the_row_axis_and_column_means_the_column_axis():

@@ -17,8 +17,12 @@ from tests.golden.trajectories import (
 )
 
 from adashard import schedule
+from adashard.wire.placement import factored_axes
+from adashard.wire.spec import AdafactorLayout, FactoredAxes
 from adashard_server.optim import adafactor
-from adashard_server.optim.factored import factored_axes
+from adashard_server.optim.factored import Axes
+
+RULES = {"last2": FactoredAxes.LAST_TWO, "largest2": FactoredAxes.LARGEST_TWO}
 
 
 def settings_of(config: Config) -> adafactor.Settings:
@@ -36,12 +40,13 @@ def settings_of(config: Config) -> adafactor.Settings:
     )
 
 
-def axes_of(config, shape, **overrides):
-    rule = {
-        "largest_two": config.semantics["factor"] == "largest2",
-        "min_dim_size_to_factor": config.semantics["min_dim"],
-    }
-    return factored_axes(shape, **{**rule, **overrides})
+def axes_of(config, shape, rule=None):
+    layout = AdafactorLayout(
+        factored_axes=rule or RULES[config.semantics["factor"]],
+        min_dim_size_to_factor=config.semantics["min_dim"],
+    )
+    axes = factored_axes(shape, layout)
+    return axes and Axes(*axes)
 
 
 def rho_of(config, step):
@@ -158,7 +163,7 @@ def test_a_known_mistake_is_seen_in_the_tensors_that_it_concerns(mistake):
     for tensor in TENSORS:
         options = dict(MISTAKES[mistake])
         if mistake == "factor two largest axes":
-            options["axes"] = axes_of(config, config.start(tensor).shape, largest_two=True)
+            options["axes"] = axes_of(config, config.start(tensor).shape, FactoredAxes.LARGEST_TWO)
         results = results_of(config, tensor, torch.float32, **options)
         weights = {key: found for key, found in results.items() if key[1] == "x"}
         if config.differences(weights):

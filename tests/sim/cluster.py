@@ -11,12 +11,14 @@ from tests.sim.shard import SimShard
 from tests.sim.worker import SimWorker
 
 from adashard.wire.messages import Bye, Entry, ExchangeRequest, FromCoordinator, Run
-from adashard.wire.placement import cut
-from adashard.wire.spec import AdafactorLayout, DType, Group, JobSpec, Parameter
+from adashard.wire.placement import SLICE_BYTES_MIN, cut
+from adashard.wire.spec import AdafactorLayout, DType, EpsPlacement, Group, JobSpec, Parameter
 
 FAULTS_S = 6.0  # of virtual time; then the network is kind and nobody is killed
 PATIENCE_S = 60.0  # within which every worker then takes its steps
 STEPS_AFTER = 3
+SHAPES = [(1,), (2,), (3,), (1,), (2,), (3,), (12, 2), (2, 17), (40,)]  # the last are split
+EPS_PLACEMENTS = [EpsPlacement.ADDED, EpsPlacement.CLAMPED]
 
 
 class Cluster:
@@ -36,11 +38,11 @@ class Cluster:
         self.shard_count = rng.randint(1, 3)
         self.spec = JobSpec(
             parameters=tuple(
-                Parameter(name=f"parameter-{n}", shape=(rng.randint(1, 3),))
+                Parameter(name=f"parameter-{n}", shape=rng.choice(SHAPES))
                 for n in range(rng.randint(1, 4))
             ),
-            groups=(Group(adafactor=AdafactorLayout()),),
-            slice_bytes=4096,
+            groups=(Group(adafactor=AdafactorLayout(eps_placement=rng.choice(EPS_PLACEMENTS))),),
+            slice_bytes=SLICE_BYTES_MIN,
             min_workers=rng.randint(1, 2),
         )
         self._slices = cut(self.spec)
@@ -93,7 +95,7 @@ class Cluster:
         """A slice in pieces, other ones each time."""
         count, start = self._slices[index].element_count, 0
         while start < count:
-            step = self._rng.randint(1, count - start)
+            step = self._rng.randint(1 + (count - start) // 4, count - start)
             yield Run(slice=index, start=start, count=step, dtype=DType.FLOAT32)
             start += step
 
@@ -245,6 +247,8 @@ class Cluster:
                 raise Violation(f"{shard.name} sums {rounds.order} in a generation of {order}")
 
     def _check_worker(self, worker: SimWorker) -> None:
+        if not worker.worker.slices:
+            return  # it has not heard of the job yet
         for piece, elements in zip(worker.slices, worker.values, strict=True):
             version = worker.worker.held([piece.index])
             if version >= 0:

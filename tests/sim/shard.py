@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+import torch
 from tests.sim.clockwork import END, Broken, Loop, Stream, Task
 from tests.sim.history import Gradient, History, Step, Sum, Violation
 from tests.sim.member import Member
@@ -11,6 +12,7 @@ from tests.sim.member import Member
 from adashard.wire.errors import AdashardError, StaleGeneration
 from adashard.wire.messages import (
     Begin,
+    Exchange,
     ExchangeRequest,
     ExchangeResponse,
     Freeze,
@@ -33,6 +35,7 @@ from adashard.wire.messages import (
 )
 from adashard.wire.spec import DType
 from adashard.wire.version import VERSION
+from adashard_server.optim.partials import Partial
 from adashard_server.shard.instructions import (
     Add,
     Committed,
@@ -41,6 +44,7 @@ from adashard_server.shard.instructions import (
     Send,
     Wait,
 )
+from adashard_server.shard.partials import Finding, packed, short_count, unpacked
 from adashard_server.shard.records import bit
 from adashard_server.shard.rounds import Rounds
 
@@ -211,8 +215,9 @@ class SimShard(Member):
     def _carry_out(self, instructions: list[Instruction]) -> None:
         for instruction in instructions:
             match instruction:
-                case Measure(slices=slices):
-                    self.after(self.loop.rng.uniform(0, 0.005), lambda s=slices: self._measured(s))
+                case Measure():
+                    delay_s = self.loop.rng.uniform(0, 0.005)
+                    self.after(delay_s, lambda measure=instruction: self._measured(measure))
                 case Send(report=report, peers=peers, wanted=wanted):
                     for peer in peers:
                         request = ExchangeRequest(
@@ -224,14 +229,26 @@ class SimShard(Member):
                     if self.rounds.promised < self._promised:
                         raise Violation(f"{self.name} commits in a generation that it has closed")
 
-    def _measured(self, slices: tuple[int, ...]) -> None:
-        squares = {
-            index: 1.0
-            if all(g.finite for total in self.sums[index] for g in total)
-            else float("nan")
-            for index in slices
-        }
-        self._carry_out(self.rounds.measured(squares))
+    def _measured(self, measure: Measure) -> None:
+        findings = {index: self._finding(index, measure) for index in measure.slices}
+        self._carry_out(self.rounds.measured(measure, findings))
+
+    def _finding(self, index: int, measure: Measure) -> Finding:
+        """Ones in the place of sums: what comes of them counts the slices that were added."""
+        finite = all(g.finite for total in self.sums[index] for g in total)
+        piece = self.rounds.slices[index]
+        square = 1.0 if finite else float("nan")
+        if measure.exchange is Exchange.NORM or not piece.split:
+            return Finding(square)
+        count = short_count(piece) if measure.exchange is Exchange.PARTIALS else 0
+        ones = Partial(
+            weight_squared_sum=1.0,
+            update_squared_sum=1.0,
+            least=1.0,
+            squares=torch.ones(count),
+            ratios=torch.ones(count),
+        )
+        return Finding(square, packed(index, 1, ones))
 
     def exchange(self, request: ExchangeRequest) -> ExchangeResponse | None:
         """Another shard's report; None where it is refused."""
@@ -239,7 +256,8 @@ class SimShard(Member):
             self._carry_out(self.rounds.exchange(request.report))
         except StaleGeneration:
             return None
-        own = self.rounds.own_report(request.report.step) if request.wanted else None
+        step, exchange = request.report.step, request.report.exchange
+        own = self.rounds.own_report(step, exchange) if request.wanted else None
         return ExchangeResponse(report=own)
 
     def deliver(self, report: Report) -> None:
@@ -277,9 +295,21 @@ class SimShard(Member):
         if not expected or not finite:
             if self.rounds.updates(index):
                 raise Violation(f"{self.name} updates slice {index} without a gradient")
+        elif self.rounds.slices[index].split and not self._sums_up(index, record):
+            raise Violation(f"{self.name} has not the sums over all of slice {index}: {record}")
         elif any(element != expected for element in self.sums[index]):
             found = {tuple((g.worker, g.step) for g in element) for element in self.sums[index]}
             raise Violation(f"{self.name} slice {index} step {record.step}: the sum holds {found}")
+
+    def _sums_up(self, index: int, record: Record) -> bool:
+        """Whether the record has one partial of the slice's parameter, of each slice once."""
+        piece = self.rounds.slices[index]
+        found = [partial for partial in record.partials if partial.slice == piece.first]
+        if len(found) != 1 or found[0].count != piece.count:
+            return False
+        total = unpacked(found[0])
+        elements = {total.weight_squared_sum, total.update_squared_sum, *total.squares.tolist()}
+        return elements == {float(piece.count)}
 
     def _count(self, index: int) -> int:
         return self.rounds.slices[index].element_count

@@ -75,7 +75,7 @@ def test_an_upload_is_wanted_once():
 
 
 def test_a_worker_forgets_the_record_of_a_step_that_was_formed_again_without_it():
-    worker = Worker("a", jobs.JOB, cut(SPEC))
+    worker = Worker("a", jobs.JOB)
     entry = generation(1)
     worker.freeze(entry)
     worker.open(jobs.plan(entry))

@@ -9,7 +9,7 @@ import pytest
 from tests.sim.cluster import Cluster
 from tests.sim.history import Violation
 
-from adashard.wire.messages import Begin, Entry, Frozen, Member, Plan, Report, Stale
+from adashard.wire.messages import Begin, Entry, Exchange, Frozen, Member, Plan, Report, Stale
 from adashard.worker import Worker
 from adashard_server.cluster.instructions import Instruction
 from adashard_server.cluster.membership import Membership, Surroundings
@@ -66,7 +66,7 @@ def a_shard_is_not_bound_by_its_answer(patch: Patch) -> None:
     freeze, plan_ = Rounds.freeze, Rounds.plan
 
     def answer_and_go_on(self: Rounds, entry: Entry) -> Frozen | Stale:
-        kept = ("entry", "promised", "opened", "_plan", "_placed")
+        kept = ("entry", "promised", "opened", "_plan", "_held")
         before = {name: getattr(self, name) for name in kept}
         answer = freeze(self, entry)
         if before["opened"]:
@@ -97,8 +97,8 @@ def the_own_report_is_forgotten_at_the_commit(patch: Patch) -> None:
     """S6: another shard may still need it; one lost message is enough."""
     own_report = Rounds.own_report
 
-    def forget(self: Rounds, step: int) -> Report | None:
-        return own_report(self, step) if self.version < step else None
+    def forget(self: Rounds, step: int, exchange: Exchange) -> Report | None:
+        return own_report(self, step, exchange) if self.version < step else None
 
     patch.setattr(Rounds, "own_report", forget)
 
@@ -107,7 +107,9 @@ def sums_are_not_formed_in_rank_order(patch: Patch) -> None:
     """G2, S5: an early arrival waits."""
     admit = Rounds.admit
 
-    def admit_at_once(self: Rounds, begin: Begin, index: int, start: int, count: int) -> Admission:
+    def admit_at_once(
+        self: Rounds, begin: Begin, index: int, start: int, count: int, *, ahead: int = 0
+    ) -> Admission:
         admission = admit(self, begin, index, start, count)
         if not isinstance(admission, Wait):
             return admission
@@ -121,7 +123,9 @@ def a_repeated_stream_is_added_again(patch: Patch) -> None:
     """S5: what is in the sum is skipped."""
     admit = Rounds.admit
 
-    def admit_again(self: Rounds, begin: Begin, index: int, start: int, count: int) -> Admission:
+    def admit_again(
+        self: Rounds, begin: Begin, index: int, start: int, count: int, *, ahead: int = 0
+    ) -> Admission:
         admission = admit(self, begin, index, start, count)
         again = admission is None and begin.step > self.version
         return Add(start, start + count, first=False) if again else admission

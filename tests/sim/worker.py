@@ -35,6 +35,7 @@ from adashard.wire.messages import (
 from adashard.wire.placement import cut
 from adashard.wire.version import VERSION
 from adashard.worker import Worker
+from adashard_server.shard.records import bit
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
@@ -68,11 +69,12 @@ class SimWorker(Member):
         self, loop: Loop, name: str, cluster: Cluster, *, leave_at: int | None = None
     ) -> None:
         self.slices = cut(cluster.spec)
-        self.worker = Worker(name, cluster.job, self.slices)
+        self.worker = Worker(name, cluster.job)
         own = History(name)
         self.values = [[own] * piece.element_count for piece in self.slices]
         self.ended: AdashardError | None = None
         self.leave_at = leave_at
+        self.max_grad_norm = loop.rng.choice([0.0, 0.0, 0.5])
         self._unchanged = True
         self._uploading = False
         self._promised = 0
@@ -165,6 +167,7 @@ class SimWorker(Member):
             push=gradient is not None,
             present=gradient.present if gradient else b"",
             groups=(self._settings(),) if gradient else (),
+            max_grad_norm=self.max_grad_norm,
         )
 
     def _settings(self) -> GroupStep:
@@ -241,7 +244,7 @@ class SimWorker(Member):
             if not first:
                 yield lambda: reading.acknowledged or reading.ended
             for index in slices:
-                if not push.present[index >> 3] >> (index & 7) & 1:
+                if not bit(push.present, self.slices[index].parameter):
                     continue
                 for run in self.cluster.runs(index):
                     if reading.complete or reading.ended:

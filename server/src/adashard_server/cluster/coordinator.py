@@ -38,7 +38,7 @@ from adashard.wire.messages import (
 from adashard.wire.placement import DEFAULT_SLICE_BYTES, first_difference
 from adashard.wire.version import VERSION, check_version
 from adashard_server.cluster.instructions import Announce, Instruction, StepDown, Tell
-from adashard_server.cluster.jobs import JOBS_MAX, check_join, new_entry, new_spec
+from adashard_server.cluster.jobs import JOBS_MAX, check_join, new_entry, new_spec, offer_of
 from adashard_server.cluster.leases import Leases, LeaseSettings
 from adashard_server.cluster.membership import Membership, Phase, Surroundings
 
@@ -205,6 +205,7 @@ class Coordinator:
         instructions: list[Instruction] = []
         membership = self.jobs.get(worker.job)
         if membership is not None and hello.id in membership.worker_ids():
+            membership.join(hello.id, offer_of(worker))  # a coordinator that began anew lacks it
             return membership.version, instructions
         if worker.generation > 0:
             raise LeaseExpired(f"worker {hello.id} is no longer part of job {worker.job!r}")
@@ -217,7 +218,7 @@ class Coordinator:
             membership.restart(new_spec(worker, self.slice_bytes))
             text = f"job {worker.job!r} begins anew, as worker {hello.id} asked"
             instructions.append(Announce(worker.job, REPLACED, text))
-        membership.join(hello.id)
+        membership.join(hello.id, offer_of(worker))
         return membership.version, instructions
 
     def _renewed(
@@ -246,7 +247,7 @@ class Coordinator:
             return
         same_model = first_difference(worker.spec, membership.entry.spec) is None
         if same_model and membership.phase is not Phase.LOST:
-            membership.join(member)
+            membership.join(member, offer_of(worker))
 
     def _surroundings(self, now: float) -> Surroundings:
         dead = self.leases.dead(now)

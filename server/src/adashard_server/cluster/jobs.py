@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from adashard.wire.errors import InvalidRequest, JobExists, JobLost, ModelMismatch, Overloaded
 from adashard.wire.messages import Entry, OnExisting, WorkerHello
 from adashard.wire.placement import CLUSTER_DEFAULT, WORKERS_MAX, first_difference, validate_spec
 from adashard.wire.spec import JobSpec
-from adashard_server.cluster.membership import Membership, Phase
+from adashard_server.cluster.membership import FRESH, Membership, Phase, Start
 
 JOBS_MAX = 1000
 JOB_NAME_MAX = 128
+_FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 
 def check_name(name: str) -> None:
@@ -37,10 +39,11 @@ def new_spec(hello: WorkerHello, slice_bytes: int) -> JobSpec:
     Raises:
         InvalidRequest: it cannot be right.
     """
-    validate_spec(hello.spec)
-    if hello.spec.slice_bytes == CLUSTER_DEFAULT:
-        return replace(hello.spec, slice_bytes=slice_bytes)
-    return hello.spec
+    spec = hello.spec
+    if spec.slice_bytes == CLUSTER_DEFAULT:
+        spec = replace(spec, slice_bytes=slice_bytes)
+    validate_spec(spec)
+    return spec
 
 
 def new_entry(hello: WorkerHello, generation: int, slice_bytes: int) -> Entry:
@@ -59,11 +62,32 @@ def new_entry(hello: WorkerHello, generation: int, slice_bytes: int) -> Entry:
     return Entry(job=hello.job, generation=generation, author="", spec=spec)
 
 
+def offer_of(hello: WorkerHello) -> Start:
+    """What a worker would begin its job with.
+
+    Raises:
+        InvalidRequest: its version and fingerprint are not those of a state.
+    """
+    if not hello.fingerprint and hello.version == 0:
+        return FRESH
+    if hello.version < 1 or not _FINGERPRINT.fullmatch(hello.fingerprint):
+        raise InvalidRequest(
+            f"a state of step {hello.version} with the fingerprint {hello.fingerprint[:64]!r} "
+            "cannot have been loaded"
+        )
+    return Start(hello.version, hello.fingerprint)
+
+
 def check_join(membership: Membership, hello: WorkerHello) -> bool:
     """Whether the job is to begin anew for this worker; it joins where it stands if not.
 
+    A worker that has loaded a state joins a job that has begun with the same. Where the job
+    stands at the version of that state, it may have come to it: only the worker can tell, from
+    what the shards hold.
+
     Raises:
-        JobExists: the worker does not want an existing job, or wants to replace a live one.
+        JobExists: the worker does not want an existing job, has loaded another state than the
+            job's, or wants to replace a live job.
         ModelMismatch: with the first differing tensor and both shapes.
         JobLost: the job's state is gone and the worker wants to resume it.
         Overloaded: the job has as many workers as are allowed.
@@ -71,7 +95,9 @@ def check_join(membership: Membership, hello: WorkerHello) -> bool:
     job, workers = hello.job, len(membership.worker_ids())
     if hello.on_existing is OnExisting.ERROR:
         raise JobExists(f"job {job!r} exists, at step {membership.version}", job=job)
-    if hello.on_existing is OnExisting.REPLACE:
+    offer = offer_of(hello)
+    same_start = offer != FRESH and offer == membership.start
+    if hello.on_existing is OnExisting.REPLACE and not (workers and same_start):
         if workers or membership.writing:
             raise JobExists(
                 f"job {job!r} has {workers} live workers and cannot be replaced",
@@ -83,6 +109,31 @@ def check_join(membership: Membership, hello: WorkerHello) -> bool:
         raise JobLost(f"job {job!r} is lost: {membership.reason}", job=job)
     if difference := first_difference(hello.spec, membership.entry.spec):
         raise ModelMismatch(f"job {job!r} trains another model: {difference}", job=job)
+    if offer != FRESH and not same_start:
+        _compare_versions(membership, hello)
     if workers >= WORKERS_MAX:
         raise Overloaded(f"job {job!r} has {workers} workers, the most that are allowed")
     return False
+
+
+def _compare_versions(membership: Membership, hello: WorkerHello) -> None:
+    """Refuses a loaded state that cannot be the job's.
+
+    Raises:
+        JobExists: the two have different versions, or begin one job with different states.
+    """
+    job, start = hello.job, membership.start
+    if start is None or (start == FRESH and membership.entry.lineage is None):
+        return  # nobody has begun it, and nobody else brings a state
+    standing = max(membership.version, start.version)
+    if membership.entry.lineage is not None and standing == hello.version:
+        return
+    raise JobExists(
+        f"job {job!r} is at step {standing}, and the worker has loaded another state, of step "
+        f"{hello.version}",
+        remedy="Join it without load_state_dict(), begin it anew with on_existing='replace' when "
+        "it has no workers, or choose another job=.",
+        job=job,
+        version=standing,
+        loaded=hello.version,
+    )

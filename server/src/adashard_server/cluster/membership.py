@@ -71,6 +71,22 @@ class Surroundings:
     min_shards: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a job begins with: the optimizer state of a version, or fresh state of version 0.
+
+    Attributes:
+        version: the steps that have led to it.
+        fingerprint: of the state; empty for fresh state.
+    """
+
+    version: int = 0
+    fingerprint: str = ""
+
+
+FRESH = Start()
+
+
 @dataclass(slots=True)
 class Membership:
     """The members of one job and their generation. Not thread-safe.
@@ -89,6 +105,7 @@ class Membership:
     _pending: Entry | None = None
     _writes: int = 0
     _wanted: bool = False  # a change without a new or dead member: a leave, or a restart
+    _offers: dict[str, Start] = field(default_factory=dict)  # of workers that have loaded a state
     _leaving: set[str] = field(default_factory=set)
     _gone: set[str] = field(default_factory=set)
     _answers: dict[str, Frozen] = field(default_factory=dict)
@@ -122,8 +139,25 @@ class Membership:
         """Workers of the generation and those that wait to join."""
         return {worker.id for worker in self.entry.workers} - self._gone | set(self.joiners)
 
-    def join(self, worker: str) -> None:
-        """A worker wants to take part from the next generation on."""
+    @property
+    def start(self) -> Start | None:
+        """What the job has begun with, or will; None while no worker waits to begin it."""
+        lineage = self.entry.lineage
+        if lineage is not None:
+            return Start(lineage.base_version, lineage.fingerprint)
+        waiting = self.worker_ids()
+        offers = (offer for worker, offer in self._offers.items() if worker in waiting)
+        return next(offers, FRESH if waiting else None)
+
+    def join(self, worker: str, offer: Start = FRESH) -> None:
+        """A worker wants to take part from the next generation on.
+
+        Args:
+            worker: its id.
+            offer: what it would begin the job with.
+        """
+        if offer != FRESH:
+            self._offers[worker] = offer
         if worker not in self.worker_ids():
             self.joiners.append(worker)
 
@@ -146,6 +180,7 @@ class Membership:
         self.phase, self._plan, self._wanted, self.reason = Phase.IDLE, None, True, ""
         self.joiners.clear()
         self.versions.clear()
+        self._offers.clear()
 
     def renewed(self, member: str, standing: Standing, now: float) -> list[Instruction]:
         """A member says where it stands."""
@@ -297,10 +332,21 @@ class Membership:
             next_rank=self.entry.next_rank + len(self.joiners),
         )
         if entry.lineage is None:
-            origin = next(worker.id for worker in workers if not worker.leaving)
-            entry = replace(entry, lineage=Lineage(number=entry.generation, origin=origin))
+            entry = replace(entry, lineage=self._new_lineage(entry))
         self.phase, self._wanted, self._said = Phase.SWAPPING, False, ""
         return [self._write(entry)]
+
+    def _new_lineage(self, entry: Entry) -> Lineage:
+        """Begins with the lowest rank (C7), of those that have loaded a state if any has."""
+        staying = [worker.id for worker in entry.workers if not worker.leaving]
+        origin = next((worker for worker in staying if worker in self._offers), staying[0])
+        offer = self._offers.get(origin, FRESH)
+        return Lineage(
+            number=entry.generation,
+            origin=origin,
+            base_version=offer.version,
+            fingerprint=offer.fingerprint,
+        )
 
     def _next_shards(self, around: Surroundings) -> list[Member]:
         """Shards of the next generation: those of the job that live, or all for a new job."""
@@ -311,11 +357,10 @@ class Membership:
 
     def _placement(self, shards: list[Member]) -> tuple[int, ...]:
         ids = [shard.id for shard in shards]
-        sizes = [piece.byte_count for piece in cut(self.entry.spec)]
         before = {
             index: self.entry.shards[owner].id for index, owner in enumerate(self.entry.placement)
         }
-        return place(sizes, ids, previous=before)
+        return place(cut(self.entry.spec), ids, previous=before)
 
     def _write(self, entry: Entry) -> Swap:
         expected = (self.entry.generation, self.entry.author) if self.entry.author else ABSENT

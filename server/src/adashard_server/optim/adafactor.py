@@ -125,7 +125,7 @@ def new_state(
     """
     tensors = {
         kind: torch.zeros(kind_shape, dtype=dtype, device=device)
-        for kind, kind_shape in _state_shapes(shape, axes, momentum=momentum).items()
+        for kind, kind_shape in state_shapes(shape, axes, momentum=momentum).items()
     }
     return State(
         row=tensors.get("row"),
@@ -141,7 +141,7 @@ def state_bytes(shape: Sequence[int], axes: Axes | None, *, momentum: bool) -> d
     Kinds are "row", "column", "vector" (the full second moment, of any shape) and "momentum";
     those that the state does not have are left out.
     """
-    shapes = _state_shapes(shape, axes, momentum=momentum)
+    shapes = state_shapes(shape, axes, momentum=momentum)
     return {kind: STATE_ITEM_BYTES * math.prod(sizes) for kind, sizes in shapes.items()}
 
 
@@ -195,7 +195,7 @@ def step(
     if state.momentum is not None and settings.beta1 is not None:
         update = state.momentum.mul_(settings.beta1).add_(update, alpha=1.0 - settings.beta1)
     if settings.weight_decay:
-        weight.mul_(1.0 - settings.weight_decay * _weight_decay_scale(settings, alpha))
+        weight.mul_(1.0 - settings.weight_decay * weight_decay_scale(settings, alpha))
     weight.sub_(update)
     return Measures(update_squared_sum, clip_ratio, alpha)
 
@@ -252,15 +252,15 @@ def _floor(settings: Settings, dtype: torch.dtype) -> float:
     return max(settings.eps1, smallest) if settings.clamp_eps else smallest
 
 
-def _weight_decay_scale(settings: Settings, alpha: float) -> float:
+def weight_decay_scale(settings: Settings, alpha: float) -> float:
     """What weight decay is multiplied with before it multiplies the weight."""
     return {"alpha": alpha, "lr": settings.lr, "plain": 1.0}[settings.weight_decay_mode]
 
 
-def _state_shapes(
+def state_shapes(
     shape: Sequence[int], axes: Axes | None, *, momentum: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the state's tensors by kind."""
+    """Shapes of the state's tensors by kind: "row", "column", "vector" and "momentum"."""
     shapes: dict[str, tuple[int, ...]] = {}
     if axes is None:
         shapes["vector"] = tuple(shape)

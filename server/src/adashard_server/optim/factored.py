@@ -1,4 +1,4 @@
-"""Factored second moments: which axes of a tensor are factored, and what the factors say.
+"""Factored second moments: what the means of rows and columns say of the whole.
 
 The second moment V of an n x m matrix is kept as the means of its rows and of its columns, n + m
 numbers instead of n * m. The matrix that they stand for,
@@ -31,30 +31,11 @@ class Axes(NamedTuple):
     """The two factored axes of a tensor.
 
     `row` is the axis that row means keep: they average over `column`. And the other way round.
+    Which axes they are is agreed with the worker: `adashard.wire.placement.factored_axes`.
     """
 
     row: int
     column: int
-
-
-def factored_axes(
-    shape: Sequence[int], *, largest_two: bool, min_dim_size_to_factor: int
-) -> Axes | None:
-    """Chooses the axes of a tensor to factor; None says to keep the full second moment.
-
-    Args:
-        shape: of the tensor; with fewer than two axes there is nothing to factor.
-        largest_two: take the two longest axes (of equals the last ones) instead of the last two.
-            They differ for tensors like convolution kernels, whose last two axes are the window.
-        min_dim_size_to_factor: both axes must be at least this long; 1 or more.
-    """
-    if len(shape) < 2:
-        return None
-    axes = sorted(range(len(shape)), key=lambda axis: shape[axis] if largest_two else axis)
-    row, column = sorted(axes[-2:])
-    if min(shape[row], shape[column]) < min_dim_size_to_factor:
-        return None
-    return Axes(row, column)
 
 
 def row_shape(shape: Sequence[int], axes: Axes) -> tuple[int, ...]:

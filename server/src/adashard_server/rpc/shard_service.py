@@ -64,9 +64,9 @@ class ShardService:
             done = False
             for data in requests:
                 for run, buffer in _data(data).pieces():
-                    done = engine.upload_piece(upload, begin, run, buffer)
+                    done = engine.upload_piece(upload, run, buffer)
             self._shard.uploaded(begin, done)
-            reply = UploadReply(slice_count=len(upload.came))
+            reply = UploadReply(slice_count=upload.slice_count)
             return bytes(codec.to_proto(reply).SerializeToString())
         return b""
 

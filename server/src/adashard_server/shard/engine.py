@@ -1,9 +1,10 @@
 """Carries out, for one job on one shard, what `rounds.py` decides.
 
-There is no compute thread and no queue. Every stream's thread does the work that its own frames
-and replies need: it adds its frame into the sum, measures a sum that it has filled, and applies
-the step to a slice that it is about to send, unless another thread is at it already. One lock
-covers decisions only; adds, sums and updates run outside it, and torch drops the GIL in them.
+There is no compute thread. Every stream's thread does the work that its own frames and replies
+need: it adds its frame into the sum, and those of others that have waited for it; it measures a
+sum that it has filled, and applies the step to a slice that it is about to send, unless another
+thread is at it already. One lock covers decisions only; adds, sums and updates run outside it,
+and drop the GIL.
 
 What keeps two threads off one slice: a slice with work under way is *busy*; whoever wants to
 work on it waits. A change of generation waits until nothing is busy.
@@ -14,17 +15,17 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
 
-from adashard.wire.errors import InvalidFrame, InvalidRequest, StaleGeneration
+from adashard.wire.errors import AdashardError, InvalidFrame, InvalidRequest, StaleGeneration
 from adashard.wire.frames import Extent, cut_runs, data_frame
 from adashard.wire.messages import (
     Acknowledge,
     Begin,
+    Content,
     Entry,
     ExchangeRequest,
     ExchangeResponse,
@@ -38,27 +39,28 @@ from adashard.wire.messages import (
     StepSummary,
     UploadBegin,
 )
-from adashard.wire.spec import DType
-from adashard.wire.tensors import as_buffer, from_buffer, torch_dtype
+from adashard.wire.tensors import from_buffer
+from adashard_server.shard.early import EarlyRun, EarlyRuns
 from adashard_server.shard.exchange import PeerExchange
-from adashard_server.shard.instructions import Add, Committed, Instruction, Measure, Send, Wait
+from adashard_server.shard.instructions import (
+    Add,
+    Committed,
+    Instruction,
+    Measure,
+    Refuse,
+    Send,
+    Wait,
+)
+from adashard_server.shard.replies import elements, extents, whole_already
 from adashard_server.shard.rounds import Rounds
 from adashard_server.shard.slices import SliceStore
 from adashard_server.shard.stopwatch import Stopwatch
+from adashard_server.shard.uploads import Upload
 
 log = logging.getLogger("adashard.rounds")
 
 Alive = Callable[[], bool]
-Check = Callable[[], None]
 _LOOK_UP_S = 1.0  # how often a waiting thread looks whether its caller is still there
-
-
-@dataclass(slots=True)
-class _Upload:
-    """How many elements of each slice have come, and those of slices that are not whole yet."""
-
-    came: dict[int, int] = field(default_factory=dict)
-    torn: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Engine:
@@ -83,6 +85,8 @@ class Engine:
         self._store: SliceStore | None = None
         self._busy: set[int] = set()
         self._streams: dict[str, Begin] = {}
+        self._early = EarlyRuns()
+        self._refused = 0
         self._turn = threading.Condition()
 
     # --- a change of generation -----------------------------------------------------------------
@@ -95,6 +99,7 @@ class Engine:
             if isinstance(answer, Stale):
                 return answer
             self._streams.clear()
+            self._early.clear()
             self._turn.notify_all()
             self._turn.wait_for(lambda: not self._busy)
             if spec != entry.spec:
@@ -110,7 +115,7 @@ class Engine:
         with self._turn:
             self._rounds.plan(plan)
             self._turn.notify_all()
-        self._settle_all(lambda: self._rounds.check_promised(plan.entry.generation))
+        self._settle_all()
         with self._turn:
             return self._rounds.planned
 
@@ -126,7 +131,7 @@ class Engine:
             self._turn.notify_all()
         self._carry_out(instructions)
 
-    def upload(self, begin: UploadBegin, alive: Alive) -> _Upload:
+    def upload(self, begin: UploadBegin, alive: Alive) -> Upload:
         """Begins to take whole slices from the source that the plan names.
 
         The source may have its plan before this shard has: what came before the plan would be
@@ -140,36 +145,22 @@ class Engine:
                 self._check_upload(begin)
                 self._wait(alive)
             self._check_upload(begin)
-            return _Upload()
+            return Upload(begin, self._shapes, self._device)
 
-    def upload_piece(
-        self, upload: _Upload, begin: UploadBegin, run: Run, buffer: memoryview
-    ) -> bool:
-        """Takes elements of a slice, in order; whether all placed here are at their target now.
-
-        A slice changes as a whole, once: an upload that breaks off, or is repeated, tears nothing.
+    def upload_piece(self, upload: Upload, run: Run, buffer: memoryview) -> bool:
+        """Takes elements of a slice; whether all placed here are at their target now.
 
         Raises:
             StaleGeneration: another generation is promised, or it is open already.
-            InvalidFrame: the elements do not go on where the ones before ended.
+            InvalidFrame: the elements are not those that come next.
         """
+        begin = upload.begin
         with self._turn:
             self._check_upload(begin)
-            count = self._element_count(run.slice)
-            came = upload.came.get(run.slice, 0)
-            if run.start != came or came + run.count > count:
-                raise InvalidFrame(f"slice {run.slice} goes on at element {came}, not {run.start}")
-            upload.came[run.slice] = came = came + run.count
-            if self._rounds.lacks(run.slice, begin.version):
-                if run.slice not in upload.torn:
-                    upload.torn[run.slice] = torch.empty(
-                        count, dtype=torch.float32, device=self._device
-                    )
-                weight = upload.torn[run.slice]
-                weight[run.start : came].copy_(from_buffer(buffer, run.dtype))
-                if came == count:
-                    self._held().put(run.slice, upload.torn.pop(run.slice))
-                    self._rounds.uploaded(run.slice, begin.version)
+            contents = upload.take(run, buffer)
+            if contents is not None and self._rounds.lacks(run.slice, begin.version):
+                self._held().put(run.slice, contents)
+                self._rounds.uploaded(run.slice, begin.version)
             return self._rounds.planned
 
     # --- a step ---------------------------------------------------------------------------------
@@ -184,14 +175,18 @@ class Engine:
             InvalidRequest: the worker cannot be at that step, or the push does not fit the job.
         """
         if begin.push and begin.step == self.version + 1:
-            self._settle_all(lambda: self._rounds.check(begin.generation, begin.sender))
+            self._settle_all()
         with self._turn:
             acknowledge, instructions = self._rounds.begin(begin)
             self._streams[begin.sender] = begin
+            self._early.drop(begin.sender)
             if begin.push and not acknowledge.complete:
                 self._stopwatch.began(begin.step)
             self._turn.notify_all()
+            waited_for = self._early.slices  # by a worker that turns out to have no gradient there
         self._carry_out(instructions)
+        for index in waited_for:
+            self._add_early(index)
         return acknowledge
 
     def push(self, begin: Begin, run: Run, buffer: memoryview, alive: Alive) -> None:
@@ -201,24 +196,20 @@ class Engine:
             StaleGeneration: the generation or the stream has ended meanwhile.
             InvalidFrame: the run is not one that may come now.
         """
+        if run.content is not Content.WEIGHT:
+            raise InvalidFrame(f"a push carries no {run.content.name.lower()}")
         with self._turn:
             admission = self._admit(begin, run)
             while isinstance(admission, Wait) or (admission and run.slice in self._busy):
+                if isinstance(admission, Wait) and self._early.put(begin, run, buffer):
+                    return
                 self._wait(alive)
                 admission = self._admit(begin, run)
             if not isinstance(admission, Add):
                 return
             self._busy.add(run.slice)
-            self._stopwatch.received(begin.step, buffer.nbytes)
-        with self._working_on(run.slice):
-            skip = admission.start - run.start
-            addend = from_buffer(buffer, run.dtype)[skip:]
-            self._held().add(
-                run.slice, admission.start, addend, share=begin.share, first=admission.first
-            )
-            with self._turn:
-                instructions = self._rounds.added(begin, run.slice, admission.stop)
-        self._carry_out(instructions)
+        self._add(begin, run, from_buffer(buffer, run.dtype), admission)
+        self._add_early(run.slice)
 
     def wait_decided(self, begin: Begin, alive: Alive) -> Record | None:
         """Waits until the step of `begin` is decided; its record (None for a job's first version).
@@ -244,9 +235,9 @@ class Engine:
         if unchanged:
             with self._turn:
                 self._check_stream(begin)  # else a freeze may have undone what is said here
-            yield data_frame([_whole_already(index) for index in unchanged], [])
+            yield data_frame([whole_already(index) for index in unchanged], [])
         for runs in cut_runs(self._extents(begin, wanted, alive)):
-            frame = data_frame(runs, [self._elements(run) for run in runs])
+            frame = data_frame(runs, [elements(self._held(), run, begin) for run in runs])
             with self._turn:
                 self._check_stream(begin)  # else an update may have run into what was copied
                 self._stopwatch.sent(begin.step, len(frame))
@@ -262,9 +253,10 @@ class Engine:
         Raises:
             StaleGeneration: the report is of another generation.
         """
-        self._deliver(request.report)
+        report = request.report
+        self._deliver(report)
         with self._turn:
-            own = self._rounds.own_report(request.report.step) if request.wanted else None
+            own = self._rounds.own_report(report.step, report.exchange) if request.wanted else None
         return ExchangeResponse(report=own)
 
     def repeat(self) -> None:
@@ -296,10 +288,11 @@ class Engine:
         """Bytes of this job on this shard."""
         with self._turn:
             store = self._store
-            if store is None:
-                return Holding(job=self.job, weight_bytes=0)
             return Holding(
-                job=self.job, weight_bytes=store.weight_bytes(), state_bytes=store.state_bytes()
+                job=self.job,
+                weight_bytes=store.weight_bytes() if store else 0,
+                state_bytes=store.state_bytes() if store else {},
+                refused_report_count=self._refused,
             )
 
     # --- inside ---------------------------------------------------------------------------------
@@ -311,21 +304,56 @@ class Engine:
             instruction = todo.pop(0)
             if isinstance(instruction, Measure):
                 for index in instruction.slices:
-                    todo += self._measure(index)
+                    todo += self._measure(index, instruction)
             elif isinstance(instruction, Send):
                 self._send(instruction)
+            elif isinstance(instruction, Refuse):
+                self._refuse(f"a report of {instruction.sender} was refused: {instruction.why}")
             elif isinstance(instruction, Committed):
                 self._committed(instruction.record)
 
-    def _measure(self, index: int) -> list[Instruction]:
-        """Takes the squared sum of a slice, while nobody adds to it."""
+    def _add(self, begin: Begin, run: Run, addend: Tensor, add: Add) -> None:
+        """Adds a run that is admitted into the sum of its slice, which is busy."""
+        gap, skip = max(0, run.start - add.start), max(0, add.start - run.start)
+        with self._working_on(run.slice):
+            self._held().add(
+                run.slice, add.start, gap, addend[skip:], share=begin.share, first=add.first
+            )
+            with self._turn:
+                self._stopwatch.received(begin.step, addend.nbytes)
+                instructions = self._rounds.added(begin, run.slice, add.stop)
+        self._carry_out(instructions)
+
+    def _add_early(self, index: int) -> None:
+        """Adds what has waited for the slice, as far as it is its turn now."""
+        while (admitted := self._next_early(index)) is not None:
+            early, add = admitted
+            self._add(early.begin, early.run, early.addend, add)
+
+    def _next_early(self, index: int) -> tuple[EarlyRun, Add] | None:
+        with self._turn:
+            if index in self._busy:
+                return None  # whoever works on it looks again
+            for early in self._early.first(index):
+                run = early.run
+                admission = self._rounds.admit(early.begin, run.slice, run.start, run.count)
+                if not isinstance(admission, Wait):
+                    self._early.pop(early)
+                    self._turn.notify_all()  # there is room for another
+                if isinstance(admission, Add):
+                    self._busy.add(index)
+                    return early, admission
+        return None
+
+    def _measure(self, index: int, measure: Measure) -> list[Instruction]:
+        """Has a slice find out what an exchange needs, while nobody adds to it."""
         with self._turn:
             self._turn.wait_for(lambda: index not in self._busy)
             self._busy.add(index)
         with self._working_on(index):
-            squared = self._held().squared_sum(index)
+            finding = self._held().measure(index, measure.exchange, measure.draft)
             with self._turn:
-                return self._rounds.measured({index: squared})
+                return self._rounds.measured(measure, {index: finding})
 
     def _send(self, send: Send) -> None:
         with self._turn:
@@ -338,44 +366,44 @@ class Engine:
             self._exchange.send(members[peer], request, self._deliver_quietly)
 
     def _deliver(self, report: Report) -> None:
-        with self._turn:
-            instructions = self._rounds.exchange(report)
+        try:
+            with self._turn:
+                instructions = self._rounds.exchange(report)
+        except AdashardError as error:
+            self._refuse(error.message)
+            raise
         self._carry_out(instructions)
 
+    def _refuse(self, why: str) -> None:
+        """Counts a report that is not believed; late ones are usual when a generation changes."""
+        with self._turn:
+            self._refused += 1
+        log.info("job %r: %s", self.job, why)
+
     def _deliver_quietly(self, report: Report) -> None:
-        try:
+        with suppress(StaleGeneration, InvalidRequest):  # counted and logged
             self._deliver(report)
-        except StaleGeneration:
-            log.debug("a report of generation %d came too late", report.generation)
-        except InvalidRequest as error:
-            log.warning("%s", error.message)
 
     def _committed(self, record: Record) -> None:
         with self._turn:
-            own = self._rounds.own_report(record.step)
-            squared_sum = sum(own.squared_sums) if own else 0.0
+            squared_sum = self._rounds.squared_sum()
             summary = self._stopwatch.committed(record, squared_sum)
             self._turn.notify_all()
         if summary is not None:
             self._summarize(summary)
 
-    def _settle_all(self, check: Check) -> None:
+    def _settle_all(self) -> None:
         for index in sorted(self._rounds.owed):
-            self._settle(index, check)
+            self._settle(index)
 
-    def _settle(self, index: int, check: Check, alive: Alive = lambda: True) -> None:
+    def _settle(self, index: int, alive: Alive = lambda: True) -> None:
         """Has the slice take the step it owes, here or in the thread that is at it already.
 
-        Args:
-            index: the slice.
-            check: raises where the caller's generation has ended: after a freeze has been answered
-                nothing changes until the plan says so.
-            alive: whether the caller is still there.
+        Between a freeze and its plan it owes nothing, and nothing is done.
         """
         with self._turn:
             while index in self._busy:
                 self._wait(alive)
-            check()
             if not self._rounds.owes(index):
                 return
             record, updates = self._rounds.record, self._rounds.updates(index)
@@ -385,7 +413,7 @@ class Engine:
             began = self._clock()
             measures = self._held().apply(index, record) if updates else None
             with self._turn:
-                spent_s, count = self._clock() - began, self._element_count(index)
+                spent_s, count = self._clock() - began, self._rounds.slices[index].element_count
                 self._stopwatch.applied(record.step, measures, count, spent_s)
                 self._rounds.applied(index)
 
@@ -405,7 +433,8 @@ class Engine:
 
     def _admit(self, begin: Begin, run: Run) -> Add | Wait | None:
         self._check_stream(begin)
-        return self._rounds.admit(begin, run.slice, run.start, run.count)
+        ahead = self._early.ahead(begin.sender, run.slice)
+        return self._rounds.admit(begin, run.slice, run.start, run.count, ahead=ahead)
 
     def _check_stream(self, begin: Begin) -> None:
         self._rounds.check(begin.generation, begin.sender)
@@ -427,30 +456,23 @@ class Engine:
                 return [], wanted
             unchanged = [index for index in wanted if not self._rounds.updates(index)]
         for index in unchanged:
-            self._settle(index, lambda: self._check_stream(begin))
+            self._settle(index)
         return unchanged, [index for index in wanted if index not in set(unchanged)]
 
     def _asked_for(self, begin: Begin, index: int) -> bool:
         return not begin.slices or index in begin.slices
 
     def _extents(self, begin: Begin, indices: list[int], alive: Alive) -> Iterator[Extent]:
-        """Each slice once it has taken the step, with the format of its reply."""
+        """Each slice once it has taken the step, with the format of its reply; then its state."""
         for index in indices:
-            self._settle(index, lambda: self._check_stream(begin), alive)
-            piece = self._rounds.slices[index]
-            dtype = begin.dtypes[piece.parameter if len(begin.dtypes) > 1 else 0]
-            row = piece.shape[-1] if piece.shape else 1
-            yield Extent(index, piece.element_count, row, dtype)
+            self._settle(index, alive)
+            yield from extents(self._held(), self._rounds.slices[index], begin)
 
-    def _elements(self, run: Run) -> memoryview:
-        weight = self._held().weight(run.slice)[run.start : run.start + run.count]
-        return as_buffer(_rounded(weight, run.dtype))
-
-    def _element_count(self, index: int) -> int:
-        slices = self._rounds.slices
-        if not 0 <= index < len(slices):
-            raise InvalidFrame(f"there is no slice {index}; the job has {len(slices)}")
-        return slices[index].element_count
+    def _shapes(self, index: int) -> dict[Content, tuple[int, ...]]:
+        """Shapes of what a slice consists of, its weights first."""
+        if not 0 <= index < len(self._rounds.slices):
+            raise InvalidFrame(f"there is no slice {index}; the job has {len(self._rounds.slices)}")
+        return self._held().shapes(index)
 
     def _held(self) -> SliceStore:
         """The store of the newest specification; made when it is first needed."""
@@ -459,13 +481,3 @@ class Engine:
             assert entry is not None
             self._store = SliceStore(entry.spec, self._rounds.slices, self._device)
         return self._store
-
-
-def _whole_already(index: int) -> Run:
-    """Says of a slice that the worker has it at this version, bit for bit."""
-    return Run(slice=index, start=0, count=0, dtype=DType.FLOAT32)
-
-
-def _rounded(weight: Tensor, dtype: DType) -> Tensor:
-    """Master weights in the format of a reply, on the CPU; rounded to nearest once."""
-    return weight.to("cpu", torch_dtype(dtype))

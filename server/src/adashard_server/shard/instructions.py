@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adashard.wire.messages import Record, Report
+from adashard.wire.messages import Exchange, Record, Report
 
 
 @dataclass(frozen=True, slots=True)
 class Add:
-    """Add elements `start` to `stop` of a slice; `first` overwrites what the sum holds."""
+    """Add elements `start` to `stop` of a slice; `first` overwrites what the sum holds.
+
+    What comes before the run that asked is zero: a gradient of sparse rows leaves it out.
+    """
 
     start: int
     stop: int
@@ -23,9 +26,14 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """The sums of these slices are full: take their squared sums."""
+    """The sums of these slices are full: find out what the exchange needs of them.
+
+    `draft` is the record as it stands before the exchange.
+    """
 
     slices: tuple[int, ...]
+    exchange: Exchange
+    draft: Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,14 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
+class Refuse:
+    """A report contradicts what is known of the step: it counts as not received."""
+
+    sender: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Committed:
     """The step is decided: its record is kept, and its slices owe it."""
 
@@ -45,4 +61,4 @@ class Committed:
 
 
 Admission = Add | Wait | None
-Instruction = Measure | Send | Committed
+Instruction = Measure | Send | Refuse | Committed

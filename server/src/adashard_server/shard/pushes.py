@@ -7,7 +7,7 @@ from math import isfinite
 
 from adashard.wire.errors import InvalidRequest
 from adashard.wire.messages import Begin, GroupStep
-from adashard.wire.spec import DType, JobSpec, WeightDecayMode
+from adashard.wire.spec import DType, JobSpec, Rounding, WeightDecayMode
 
 
 def check_push(begin: Begin, spec: JobSpec, step_counts: Sequence[int]) -> None:
@@ -23,6 +23,10 @@ def check_push(begin: Begin, spec: JobSpec, step_counts: Sequence[int]) -> None:
     """
     if len(begin.present) != (len(spec.parameters) + 7) // 8:
         raise InvalidRequest(f"a push has a presence bit for each of {len(spec.parameters)}")
+    if begin.sparse and len(begin.sparse) != len(begin.present):
+        raise InvalidRequest("a push says of all parameters or of none whether rows are sparse")
+    if not (isfinite(begin.max_grad_norm) and begin.max_grad_norm >= 0):
+        raise InvalidRequest(f"max_grad_norm is 0 or more and finite, not {begin.max_grad_norm}")
     if not (isfinite(begin.share) and begin.share > 0):
         raise InvalidRequest(f"a share is positive and finite, not {begin.share}")
     if len(begin.groups) != len(spec.groups):
@@ -35,7 +39,7 @@ def check_push(begin: Begin, spec: JobSpec, step_counts: Sequence[int]) -> None:
 
 
 def check_formats(begin: Begin, spec: JobSpec) -> None:
-    """Refuses a push or pull that does not say in which formats weights are to come back.
+    """Refuses a push or pull that does not say how weights are to come back.
 
     Raises:
         InvalidRequest: with what it lacks.
@@ -45,6 +49,27 @@ def check_formats(begin: Begin, spec: JobSpec) -> None:
             f"weights are wanted in one format or in one each of {len(spec.parameters)}, "
             f"not in {len(begin.dtypes)}"
         )
+    if begin.rounding is Rounding.UNSPECIFIED:
+        raise InvalidRequest("a push or pull says how weights are rounded")
+
+
+_OF_A_GRADIENT = ("present", "share", "sparse", "groups", "max_grad_norm")
+
+
+def check_same(begin: Begin, known: Begin | None) -> None:
+    """Refuses a repeated push that is another one: (worker, step) names one gradient for ever.
+
+    Args:
+        begin: the push.
+        known: what the worker has begun before for this step, if anything.
+
+    Raises:
+        InvalidRequest: a part of the first may be in the sums already.
+    """
+    if known is not None and any(
+        getattr(begin, name) != getattr(known, name) for name in _OF_A_GRADIENT
+    ):
+        raise InvalidRequest(f"worker {begin.sender} pushes another gradient for step {begin.step}")
 
 
 def _check_group(step: GroupStep, counts: set[int]) -> None:

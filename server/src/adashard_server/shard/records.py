@@ -1,46 +1,121 @@
-"""What a step was: its record, formed from pushes and reports, the same on whichever shard."""
+"""What a step was: its record, formed from pushes and reports, the same on whichever shard.
+
+A *draft* is the record as it would be if every gradient turned out finite. It is there as soon as
+all workers have begun their pushes, and tells slices all that they need to measure themselves.
+Each exchange completes it; after the last one it is the record.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 
-from adashard.wire.messages import Begin, Outcome, Record, Report
+from adashard.wire.messages import Begin, Exchange, Outcome, Record, Report
+from adashard.wire.placement import Node, Slice
+from adashard_server.shard import partials
+from adashard_server.shard.partials import added, merged_squares
+
+_NORM_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 
 
-def form_record(
-    step: int, begins: Sequence[Begin], reports: Iterable[Report], step_counts: Sequence[int]
-) -> Record:
-    """The record of a step (S7).
+def draft_record(step: int, begins: Sequence[Begin], step_counts: Sequence[int]) -> Record:
+    """What a step will have been if nothing is wrong with it.
 
-    It is skipped, on all shards alike, if a sum on any of them is not finite. Hyper-parameters and
-    scalars are those of the lowest rank: computed once, since `pow` is not the same everywhere.
+    Hyper-parameters and scalars are those of the lowest rank: computed once, since `pow` is not
+    the same everywhere.
 
     Args:
         step: its number.
-        begins: of the workers that were summed, in rank order.
-        reports: of all shards.
+        begins: of the workers that are summed, in rank order.
         step_counts: each parameter's count of updates before the step.
     """
-    told = list(reports)
-    finite = all(report.finite for report in told)
     present = present_in_any(begins)
-    squares = {
-        index: square
-        for report in told
-        for index, square in zip(report.slices, report.squared_sums, strict=True)
-    }
     return Record(
         step=step,
         workers=tuple(begin.sender for begin in begins),
         shares=tuple(begin.share for begin in begins),
-        outcome=Outcome.APPLY if finite else Outcome.SKIP,
+        outcome=Outcome.APPLY,
         present=present,
         step_counts=tuple(
-            count + 1 if finite and bit(present, parameter) else count
+            count + 1 if bit(present, parameter) else count
             for parameter, count in enumerate(step_counts)
         ),
         groups=begins[0].groups,
-        squared_norm=sum(squares[index] for index in sorted(squares)) if finite else 0.0,
+    )
+
+
+def completed(
+    draft: Record,
+    exchange: Exchange,
+    reports: Collection[tuple[Report, Sequence[Node]]],
+    slices: Sequence[Slice],
+    max_grad_norm: float,
+) -> Record:
+    """The draft with what an exchange adds to it (S7); all gradients are finite.
+
+    Args:
+        draft: as the exchange before has left it.
+        exchange: whose reports are all here.
+        reports: of all shards, each with the nodes that its squared sums are of.
+        slices: of the job.
+        max_grad_norm: bound of the gradient's norm; 0 for none.
+    """
+    if exchange is Exchange.CLAMPED:
+        return _with_clamped(draft, [report for report, _ in reports], slices)
+    if exchange is Exchange.PARTIALS:
+        parts = (partial for report, _ in reports for partial in report.partials)
+        ordered = sorted(parts, key=lambda partial: partial.slice)
+        draft = replace(draft, partials=partials.merged(slices, ordered))
+        if max_grad_norm:
+            return draft  # the norm before it was bounded is known already
+    squared_norm = _squared_norm(reports, slices)
+    factor = 1.0
+    if max_grad_norm:
+        factor = min(1.0, max_grad_norm / (math.sqrt(squared_norm) + _NORM_EPS))
+    return replace(draft, squared_norm=squared_norm, norm_factor=factor)
+
+
+def skipped(draft: Record, step_counts: Sequence[int]) -> Record:
+    """The record of a step that no shard applies, as a gradient was not finite on one of them."""
+    return replace(
+        draft,
+        outcome=Outcome.SKIP,
+        step_counts=tuple(step_counts),
+        squared_norm=0.0,
+        norm_factor=1.0,
+        partials=(),
+    )
+
+
+def _squared_norm(
+    reports: Iterable[tuple[Report, Sequence[Node]]], slices: Sequence[Slice]
+) -> float:
+    """Squared norm of the mean gradient: along the slices' trees, then in registration order."""
+    parts = (
+        (node.slice, node.count, square)
+        for report, nodes in reports
+        for node, square in zip(nodes, report.squared_sums, strict=True)
+    )
+    return added(square for _, _, square in merged_squares(slices, sorted(parts)))
+
+
+def _with_clamped(draft: Record, reports: Iterable[Report], slices: Sequence[Slice]) -> Record:
+    """Puts in the squared sums of updates that were taken element by element."""
+    parts = (
+        (partial.slice, partial.count, partial.update_squared_sum)
+        for report in reports
+        for partial in report.partials
+    )
+    found = {first: total for first, _, total in merged_squares(slices, sorted(parts))}
+    return replace(
+        draft,
+        partials=tuple(
+            replace(partial, update_squared_sum=found[partial.slice])
+            if partial.slice in found
+            else partial
+            for partial in draft.partials
+        ),
     )
 
 
@@ -54,5 +129,5 @@ def present_in_any(begins: Iterable[Begin]) -> bytes:
 
 
 def bit(bits: bytes, index: int) -> bool:
-    """Whether bit `index`, least significant first, is set."""
-    return bool(bits[index >> 3] >> (index & 7) & 1)
+    """Whether bit `index`, least significant first, is set; no bits at all are not."""
+    return bool(bits and bits[index >> 3] >> (index & 7) & 1)

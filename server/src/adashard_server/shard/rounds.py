@@ -3,7 +3,9 @@
 This is the shard's half of the protocol (docs/protocol.md, rules S1 to S8) and nothing else: it
 holds no tensor, no lock and no clock. `engine.py` feeds it and carries out what it says.
 
-    collecting t ──all sums full──▶ reported t ──all reports here──▶ committed t = collecting t+1
+    collecting t ──all sums full──▶ exchanging t ──all reports here──▶ committed t = collecting t+1
+
+What is between full sums and a record is `exchanges.py`.
 
 A committed step is *owed* by every slice until it is applied; whoever needs the slice first pays
 (a reply, the next gradient, a change of generation). The sums of an owed slice are full and kept,
@@ -13,14 +15,13 @@ so a shard that is frozen half way through a commit has lost nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from math import isfinite
 
 from adashard.wire.errors import InvalidFrame, InvalidRequest, StaleGeneration
 from adashard.wire.messages import (
     Acknowledge,
     Begin,
     Entry,
+    Exchange,
     Frozen,
     FullSums,
     Outcome,
@@ -30,25 +31,18 @@ from adashard.wire.messages import (
     Stale,
 )
 from adashard.wire.placement import Slice, cut
+from adashard_server.shard.exchanges import Exchanges, Holdings, holdings
 from adashard_server.shard.instructions import (
     Add,
     Admission,
     Committed,
     Instruction,
     Measure,
-    Send,
     Wait,
 )
-from adashard_server.shard.pushes import check_formats, check_push
-from adashard_server.shard.records import bit, form_record
-
-
-@dataclass(slots=True)
-class _Sum:
-    """How far each worker's gradient is in the sum of one slice, and its square once full."""
-
-    added: dict[str, int] = field(default_factory=dict)
-    squared: float = 0.0
+from adashard_server.shard.partials import Finding
+from adashard_server.shard.pushes import check_formats, check_push, check_same
+from adashard_server.shard.records import bit, draft_record
 
 
 class Rounds:
@@ -67,13 +61,12 @@ class Rounds:
         self.order: tuple[str, ...] = ()
         self.begins: dict[str, Begin] = {}
         self._plan: Plan | None = None
-        self._placed: dict[str, tuple[int, ...]] = {}
+        self._held: Holdings | None = None
         self._step = 0  # the step that is collected, or owed
         self._owed: set[int] = set()
-        self._sums: dict[int, _Sum] = {}
-        self._unready: set[int] = set()  # slices whose sums are not full and measured
-        self._reports: dict[str, Report] = {}
-        self._own: Report | None = None
+        self._sums: dict[int, dict[str, int]] = {}  # elements in it, by slice and worker
+        self._exchanges: Exchanges | None = None  # of the step that is collected
+        self._last: Exchanges | None = None  # of the step before
 
     @property
     def version(self) -> int:
@@ -83,12 +76,7 @@ class Rounds:
     @property
     def mine(self) -> tuple[int, ...]:
         """Slices placed on this shard in the newest generation, ascending."""
-        return self._placed.get(self.shard, ())
-
-    @property
-    def peers(self) -> tuple[str, ...]:
-        """All shards that hold a slice in the newest generation, this one included."""
-        return tuple(self._placed)
+        return self._held.by_shard.get(self.shard, ()) if self._held else ()
 
     # --- a change of generation -----------------------------------------------------------------
 
@@ -100,7 +88,7 @@ class Rounds:
             if self.entry is None or self.entry.spec != entry.spec:
                 self._forget(entry)
             self.entry, self.promised, self.opened = entry, entry.generation, False
-            self._plan, self._placed = None, _slices_by_shard(entry)
+            self._plan, self._held = None, holdings(entry, self.slices)
         held = tuple(sorted(self.versions))
         full = tuple(index for index in held if self._full(index))
         sums = FullSums(step=self._step, workers=self.order, slices=full)
@@ -126,7 +114,7 @@ class Rounds:
         self._plan = plan
         lineage = plan.entry.lineage.number if plan.entry.lineage else 0
         if lineage != self.lineage:
-            self.lineage, self.record = lineage, None
+            self.lineage, self.record = lineage, plan.record
             self.versions.clear()
             self._collect(plan.base + 1)
         elif self._owed and plan.base < self._step:
@@ -167,19 +155,18 @@ class Rounds:
             self._collect(plan.base + 1)
         workers = sorted(plan.entry.workers, key=lambda worker: worker.rank)
         self._reorder(tuple(worker.id for worker in workers if not worker.leaving))
-        self._reports.clear()
-        return self._measure(self.mine)
+        self._exchanges = self._last = None
+        return self._go_on(self.mine)
 
     def _reorder(self, order: tuple[str, ...]) -> None:
         """Keeps the sums whose addends are a prefix, in rank order, of the new list (S4)."""
         for index, total in list(self._sums.items()):
-            summed = [worker for worker in self.order if total.added.get(worker)]
+            summed = [worker for worker in self.order if total.get(worker)]
             expected = [worker for worker in order if not self._absent(worker, index)]
             if summed != expected[: len(summed)]:
                 del self._sums[index]
         self.begins = {name: begin for name, begin in self.begins.items() if name in order}
         self.order = order
-        self._unready = set(self.mine)
 
     # --- pushes ---------------------------------------------------------------------------------
 
@@ -205,8 +192,8 @@ class Rounds:
 
         Raises:
             StaleGeneration: of another generation, or frozen.
-            InvalidRequest: the step is not one that this worker can be at, or the push does not
-                fit the job.
+            InvalidRequest: the step is not one that this worker can be at, the push does not fit
+                the job, or it is another than the worker began before.
         """
         self.check(begin.generation, begin.sender)
         assert self.entry is not None
@@ -221,13 +208,23 @@ class Rounds:
         if not begin.push:
             return Acknowledge(version=self.version), []
         check_push(begin, self.entry.spec, self._step_counts())
+        check_same(begin, self.begins.get(begin.sender))
         self.begins[begin.sender] = begin
-        instructions = self._measure(self.mine)
+        instructions = self._go_on(self.mine)
         complete = all(self._done(begin.sender, index) for index in self.mine)
         return Acknowledge(version=self.version, complete=complete), instructions
 
-    def admit(self, begin: Begin, index: int, start: int, count: int) -> Admission:
+    def admit(
+        self, begin: Begin, index: int, start: int, count: int, *, ahead: int = 0
+    ) -> Admission:
         """What to do with `count` elements of a pushed slice from element `start`.
+
+        Args:
+            begin: the push.
+            index: the slice.
+            start: the first element; a gradient of sparse rows may leave out zeros before it.
+            count: how many; 0 in a gradient of sparse rows says that no more come before `start`.
+            ahead: up to where the worker's elements have come and wait for others.
 
         Returns:
             None where they are in the sum already.
@@ -240,36 +237,37 @@ class Rounds:
         if begin.step <= self.version:
             return None  # decided, with this push in it
         stop = start + count
-        if index not in self.versions or count < 1 or stop > self._count(index):
+        sparse = index in self.versions and self._sparse(begin, index)
+        least = 0 if sparse else 1
+        if index not in self.versions or count < least or stop > self._count(index):
             raise InvalidFrame(
                 f"elements {start} to {stop} of slice {index} are not held by shard {self.shard}"
             )
         done = self._progress(begin.sender, index)
-        if stop <= done:
+        came = max(done, ahead)
+        if stop <= came:
             return None
-        if start > done:
+        if start > came and not sparse:
             raise InvalidFrame(
-                f"slice {index} of worker {begin.sender} goes on at element {start}, not {done}"
+                f"slice {index} of worker {begin.sender} goes on at element {start}, not {came}"
             )
         before = self.order[: self.order.index(begin.sender)]
-        if any(self._progress(worker, index) < stop for worker in before):
+        if came > done or any(self._progress(worker, index) < stop for worker in before):
             return Wait()
         return Add(done, stop, first=all(self._absent(worker, index) for worker in before))
 
     def added(self, begin: Begin, index: int, stop: int) -> list[Instruction]:
         """Elements up to `stop` of the worker's gradient are in the sum."""
-        self._sums.setdefault(index, _Sum()).added[begin.sender] = stop
-        return self._measure((index,))
-
-    def measured(self, squares: Mapping[int, float]) -> list[Instruction]:
-        """Sums of squares, in float64, of sums that were full; ignored where they no longer are."""
-        for index, squared in squares.items():
-            if index in self._unready and index in self._sums and self._full(index):
-                self._sums[index].squared = squared
-                self._unready.discard(index)
-        return self._advance()
+        self._sums.setdefault(index, {})[begin.sender] = stop
+        return self._go_on((index,))
 
     # --- the round ------------------------------------------------------------------------------
+
+    def measured(self, measure: Measure, findings: Mapping[int, Finding]) -> list[Instruction]:
+        """What was asked of slices has been found; ignored where it is no longer wanted."""
+        if not self.opened or self._owed or self._exchanges is None:
+            return []
+        return self._decided(self._exchanges.measured(measure, findings))
 
     def exchange(self, report: Report) -> list[Instruction]:
         """Another shard's round is full (S6).
@@ -283,32 +281,22 @@ class Rounds:
                 f"a report of generation {report.generation} came to shard {self.shard}, "
                 f"which is at {self.promised}{'' if self.opened else ', frozen'}"
             )
-        self._check_report(report)
+        exchanges = self._exchanging()
+        exchanges.check(report)
         if report.step != self._step or self._owed:
             return []
-        self._reports[report.sender] = report
-        return self._advance()
+        return self._decided(exchanges.take(report))
 
-    def _check_report(self, report: Report) -> None:
-        placed = self._placed.get(report.sender) if report.sender != self.shard else None
-        if placed != report.slices or len(report.squared_sums) != len(report.slices):
-            raise InvalidRequest(
-                f"a report of {report.sender} is not about the slices that are placed there"
-            )
-        if report.workers != self.order:
-            raise InvalidRequest(
-                f"a report of {report.sender} sums {len(report.workers)} workers and not the "
-                f"{len(self.order)} of generation {self.promised}"
-            )
-
-    def own_report(self, step: int) -> Report | None:
+    def own_report(self, step: int, exchange: Exchange) -> Report | None:
         """This shard's report of `step`, kept until its next, also after the commit (S6)."""
-        own = self._own
-        return own if own and (own.step, own.generation) == (step, self.promised) else None
+        for exchanges in (self._exchanges, self._last):
+            if exchanges is not None and exchanges.step == step:
+                return exchanges.own(exchange)
+        return None
 
     def repeat(self) -> list[Instruction]:
         """What to send again while the own report has not led to a commit."""
-        return self._send() if self.opened and self.shard in self._reports else []
+        return self._exchanges.repeat() if self.opened and self._exchanges else []
 
     def applied(self, index: int) -> None:
         """The slice has taken the step it owed; after the last one the next is collected."""
@@ -325,6 +313,10 @@ class Rounds:
     def owes(self, index: int) -> bool:
         """Whether the slice is to take the newest decided step now; not while frozen (S1)."""
         return index in self._owed and self._plan is not None
+
+    def squared_sum(self) -> float:
+        """Of the mean gradient of the step that is collected or owed, on this shard alone."""
+        return self._exchanges.squared_sum if self._exchanges else 0.0
 
     def updates(self, index: int) -> bool:
         """Whether the newest record changes the slice's weights, or only its version."""
@@ -350,32 +342,36 @@ class Rounds:
         self._owed.clear()
         self._sums.clear()
         self.begins = {}
-        self._reports.clear()
-        self._unready = set(self.mine)
+        self._last, self._exchanges = self._exchanges, None
 
-    def _measure(self, candidates: Iterable[int]) -> list[Instruction]:
-        """Has newly full sums measured, and goes on with what needs no measuring."""
-        if not self.opened or self._owed:
-            return []
-        full = [index for index in candidates if index in self._unready and self._full(index)]
-        present = tuple(index for index in full if index in self._sums)
-        self._unready -= set(full) - set(present)
-        return [Measure(present)] if present else self._advance()
+    def _exchanging(self) -> Exchanges:
+        """The exchanges of the step that is collected; begun when its first event comes."""
+        if self._exchanges is None:
+            assert self._held is not None
+            self._exchanges = Exchanges(self.shard, self._step, self.order, self._held)
+        return self._exchanges
 
-    def _advance(self) -> list[Instruction]:
-        """Reports when all sums are measured, commits when all have reported."""
-        if not self.opened or self._owed or self._unready or not self._complete():
+    def _go_on(self, candidates: Iterable[int]) -> list[Instruction]:
+        """Tells the exchanges of sums that are full; of nothing before all pushes have begun."""
+        if not self.opened or self._owed or not self._complete():
             return []
-        instructions: list[Instruction] = []
-        if self.shard not in self._reports:
-            self._reports[self.shard] = self._own = self._report()
-            instructions += self._send()
-        if set(self._reports) >= set(self.peers):
+        exchanges = self._exchanging()
+        if not exchanges.begun:
             begins = [self.begins[worker] for worker in self.order]
-            record = form_record(self._step, begins, self._reports.values(), self._step_counts())
-            self._decide(record)
-            instructions.append(Committed(record))
-        return instructions
+            counts = self._step_counts()
+            draft = draft_record(self._step, begins, counts)
+            exchanges.begin(draft, counts, begins[0].max_grad_norm)
+            candidates = self.mine
+        full = [index for index in candidates if self._full(index)]
+        return self._decided(exchanges.full(full))
+
+    def _decided(self, instructions: list[Instruction]) -> list[Instruction]:
+        """Takes over the record that the exchanges have come to, if they have."""
+        record = self._exchanges.record if self._exchanges else None
+        if record is None:
+            return instructions
+        self._decide(record)
+        return [*instructions, Committed(record)]
 
     def _complete(self) -> bool:
         """Whether every worker of the round has begun its push."""
@@ -390,29 +386,6 @@ class Rounds:
         self._before, self.record = self.record, record
         self._owed = set(self.versions)
 
-    def _send(self) -> list[Instruction]:
-        peers = tuple(peer for peer in self.peers if peer != self.shard)
-        wanted = frozenset(peer for peer in peers if peer not in self._reports)
-        return [Send(self._reports[self.shard], peers, wanted)] if peers else []
-
-    def _report(self) -> Report:
-        assert self.entry is not None
-        total = sum(self.begins[worker].share for worker in self.order)
-        squares = [
-            self._sums[index].squared / total**2 if index in self._sums else 0.0
-            for index in self.mine
-        ]
-        return Report(
-            job=self.entry.job,
-            generation=self.promised,
-            sender=self.shard,
-            step=self._step,
-            workers=self.order,
-            finite=all(isfinite(square) for square in squares),
-            slices=self.mine,
-            squared_sums=tuple(squares),
-        )
-
     def _full(self, index: int) -> bool:
         return bool(self.order) and all(self._done(worker, index) for worker in self.order)
 
@@ -425,12 +398,14 @@ class Rounds:
             return 0
         if self._absent(worker, index):
             return self._count(index)
-        total = self._sums.get(index)
-        return total.added.get(worker, 0) if total else 0
+        return self._sums.get(index, {}).get(worker, 0)
 
     def _absent(self, worker: str, index: int) -> bool:
         begin = self.begins.get(worker)
         return begin is not None and not bit(begin.present, self.slices[index].parameter)
+
+    def _sparse(self, begin: Begin, index: int) -> bool:
+        return bit(begin.sparse, self.slices[index].parameter)
 
     def _count(self, index: int) -> int:
         return self.slices[index].element_count
@@ -452,11 +427,3 @@ class Rounds:
         if self.record is None:
             return (0,) * len(self.entry.spec.parameters)
         return self.record.step_counts
-
-
-def _slices_by_shard(entry: Entry) -> dict[str, tuple[int, ...]]:
-    """Slices by shard, ascending, of the shards that have any."""
-    placed: dict[str, list[int]] = {}
-    for index, owner in enumerate(entry.placement):
-        placed.setdefault(entry.shards[owner].id, []).append(index)
-    return {shard: tuple(indices) for shard, indices in placed.items()}

@@ -5,24 +5,47 @@ Storage only: which of it is current is decided in `rounds.py`, when it changes 
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from adashard.wire.messages import AdafactorStep, Record
+from adashard.wire.messages import Content, Exchange, Record
 from adashard.wire.placement import Slice
-from adashard.wire.spec import AdafactorLayout, EpsPlacement, FactoredAxes, JobSpec, WeightDecayMode
+from adashard.wire.spec import AdafactorLayout, JobSpec
 from adashard_server.optim import adafactor
-from adashard_server.optim.factored import Axes, factored_axes
+from adashard_server.optim.adafactor import State
+from adashard_server.optim.compiled import CompiledPasses
+from adashard_server.optim.factored import Axes
+from adashard_server.optim.partials import alone
+from adashard_server.optim.passes import Passes
+from adashard_server.optim.split import Layout, Measured
+from adashard_server.shard.partials import Finding, packed
+from adashard_server.shard.stepping import Stepping
 
-_PIECE = 1 << 16
-
-_DECAY_MODES: dict[WeightDecayMode, Literal["alpha", "lr", "plain"]] = {
-    WeightDecayMode.ALPHA: "alpha",
-    WeightDecayMode.LR: "lr",
-    WeightDecayMode.PLAIN: "plain",
+_KINDS = {
+    Content.ROW: "row",
+    Content.COLUMN: "column",
+    Content.VECTOR: "full",
+    Content.MOMENTUM: "momentum",
 }
+_CONTENTS = {
+    "row": Content.ROW,
+    "column": Content.COLUMN,
+    "vector": Content.VECTOR,
+    "momentum": Content.MOMENTUM,
+}
+
+
+@dataclass(slots=True)
+class _Held:
+    """One slice: its place in the parameter, weights, state, and the sum of squared weights."""
+
+    layout: Layout
+    weight: Tensor
+    state: State
+    squared_sum: float
 
 
 class SliceStore:
@@ -35,38 +58,71 @@ class SliceStore:
     def __init__(self, spec: JobSpec, slices: tuple[Slice, ...], device: torch.device) -> None:
         self.spec = spec
         self.device = device
+        self.passes: type[Passes] = CompiledPasses if device.type == "cpu" else Passes
         self._slices = slices
-        self._weights: dict[int, Tensor] = {}
-        self._states: dict[int, adafactor.State] = {}
+        self._held: dict[int, _Held] = {}
         self._sums: dict[int, Tensor] = {}
+        self._measured: dict[int, tuple[Stepping, Measured]] = {}
+        self._stepping: Stepping | None = None
 
-    def put(self, index: int, weight: Tensor) -> None:
-        """Takes a whole slice with fresh optimizer state; `weight`, flat float32, is owned then."""
+    # --- copies of whole slices -----------------------------------------------------------------
+
+    def shapes(self, index: int) -> dict[Content, tuple[int, ...]]:
+        """Shapes of what a slice consists of: its weights and the tensors of its state."""
         piece = self._slices[index]
-        self._weights[index] = weight.view(piece.shape)
-        self._states[index] = adafactor.new_state(
-            piece.shape,
-            self._axes(index),
-            momentum=self._layout(index).momentum,
-            device=self.device,
-        )
+        axes = Axes(*piece.axes) if piece.axes else None
+        kinds = adafactor.state_shapes(piece.shape, axes, momentum=self._group(index).momentum)
+        state = {_CONTENTS[kind]: shape for kind, shape in kinds.items()}
+        return {Content.WEIGHT: piece.shape, **state}
+
+    def put(self, index: int, contents: Mapping[Content, Tensor]) -> None:
+        """Takes a whole slice; what is not among `contents` is as of one that has no step.
+
+        Args:
+            index: the slice.
+            contents: flat, float32, on the device; owned then. The weights are among them.
+        """
+        piece, shapes = self._slices[index], self.shapes(index)
+        tensors = {
+            _KINDS[content]: contents[content].view(shape)
+            if content in contents
+            else torch.zeros(shape, device=self.device)
+            for content, shape in shapes.items()
+            if content is not Content.WEIGHT
+        }
+        layout = self._layout(piece)
+        weight = contents[Content.WEIGHT]
+        rows = layout.as_matrices(weight).view(-1, layout.matrices[2])
+        state = State(**{kind: tensors.get(kind) for kind in _KINDS.values()})
+        self._held[index] = _Held(layout, weight, state, self.passes.square_sum(rows))
+        self._measured.pop(index, None)
 
     def keep(self, indices: frozenset[int]) -> None:
         """Drops every slice that is not in `indices`."""
-        for held in (self._weights, self._states, self._sums):
+        for held in (self._held, self._sums, self._measured):
             for index in set(held) - indices:
                 del held[index]
 
-    def weight(self, index: int) -> Tensor:
-        """The flat float32 master weights of a slice; a view."""
-        return self._weights[index].view(-1)
+    def tensor(self, index: int, content: Content) -> Tensor:
+        """What a slice consists of, flat float32; a view."""
+        held = self._held[index]
+        if content is Content.WEIGHT:
+            return held.weight
+        tensor: Tensor | None = getattr(held.state, _KINDS[content])
+        assert tensor is not None
+        return tensor.view(-1)
 
-    def add(self, index: int, start: int, addend: Tensor, *, share: float, first: bool) -> None:
-        """Adds `share * addend` into the sum of a slice from element `start`, in place.
+    # --- a step ---------------------------------------------------------------------------------
+
+    def add(
+        self, index: int, start: int, gap: int, addend: Tensor, *, share: float, first: bool
+    ) -> None:
+        """Adds `gap` zeros and then `share * addend` into a slice's sum from `start`, in place.
 
         Args:
             index: the slice.
             start: the first element.
+            gap: how many zeros come before the addend.
             addend: flat, of any format that travels, on the CPU.
             share: how much it counts in the mean.
             first: whether it replaces what an older step left there.
@@ -75,82 +131,89 @@ class SliceStore:
         if total is None:
             count = self._slices[index].element_count
             total = self._sums[index] = torch.empty(count, dtype=torch.float32, device=self.device)
-        part = total[start : start + addend.numel()]
-        if first:
-            part.copy_(addend)
-            if share != 1.0:
-                part.mul_(share)
-        else:
-            part.add_(addend.to(self.device), alpha=share)
+        if gap:
+            zeros = total[start : start + gap]
+            zeros.zero_() if first else zeros.add_(0.0)
+        if addend.numel():
+            part = total[start + gap : start + gap + addend.numel()]
+            self.passes.accumulate(part, addend, share, first=first)
 
-    def squared_sum(self, index: int) -> float:
-        """The sum of squares of a slice's full sum, in float64; not finite if an element is not."""
-        # In pieces counted from the slice's start: a float64 copy of the whole would be twice its
-        # size, and the order of the additions is the same on every machine with this torch.
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for piece in self._sums[index].split(_PIECE):
-            wide = piece.double()
-            total += torch.dot(wide, wide)
-        return float(total)
+    def measure(self, index: int, exchange: Exchange, draft: Record) -> Finding:
+        """What an exchange needs of a slice whose sum is full; changes nothing that lasts."""
+        held, gradient, stepping = self._held[index], self._sums[index], self._step(draft)
+        if exchange is Exchange.NORM:
+            rows = held.layout.as_matrices(gradient).view(-1, held.layout.matrices[2])
+            return Finding(self.passes.square_sum(rows, stepping.scale))
+        step = stepping.of(self._slices[index], held.layout)
+        if exchange is Exchange.CLAMPED:
+            _, measured = self._measured[index]
+            total = stepping.total(self._slices[index], measured)
+            clamped = step.clamped(gradient, held.state, measured, total)
+            return Finding(0.0, packed(index, 1, alone(0.0, clamped)))
+        measured = step.measure(gradient, held.state, held.squared_sum)
+        self._measured[index] = stepping, measured
+        split = self._slices[index].split
+        partial = packed(index, 1, measured.partial) if split else None
+        return Finding(measured.gradient_squared_sum, partial)
 
     def apply(self, index: int, record: Record) -> adafactor.Measures:
-        """Takes the step of `record` with the slice's sum, in place on weights, state and sum."""
-        piece = self._slices[index]
-        group = self.spec.parameters[piece.parameter].group
-        step, layout = record.groups[group], self._layout(index)
-        count = record.step_counts[piece.parameter]
-        schedule = next(one for one in step.schedules if one.step_count == count)
-        assert step.adafactor is not None
-        gradient = self._sums[index].view(piece.shape)
-        total_share = sum(record.shares)
-        if total_share != 1.0:
-            gradient.div_(total_share)
-        return adafactor.step(
-            self._weights[index],
+        """Takes the step of `record` with the slice's sum, in place on weights and state.
+
+        What the slice has measured for the record's draft is used; where there is nothing of it,
+        as after a change of generation, it is measured again, with the same bits.
+
+        Returns:
+            What the step did to the slice's parameter; its first slice alone tells the sum of
+            squares of the update, so that sums over slices count it once.
+        """
+        piece, held, gradient = self._slices[index], self._held[index], self._sums[index]
+        stepping = self._step(record)
+        step = stepping.of(piece, held.layout)
+        known = self._measured.pop(index, None)
+        if known is not None and known[0].measures_as(stepping):
+            measured = known[1]
+        else:
+            measured = step.measure(gradient, held.state, held.squared_sum)
+        measures, held.squared_sum = step.apply(
+            held.weight,
             gradient,
-            self._states[index],
-            self._axes(index),
-            _settings(step.adafactor, layout),
-            beta2=schedule.beta2,
-            rho=schedule.rho,
+            held.state,
+            measured,
+            stepping.total(piece, measured),
+            rho=stepping.rho(piece),
         )
+        return measures if piece.place == 0 else replace(measures, update_squared_sum=0.0)
+
+    # --- what people see ------------------------------------------------------------------------
 
     def weight_bytes(self) -> int:
         """Bytes of master weights held."""
-        return sum(weight.nbytes for weight in self._weights.values())
+        return sum(held.weight.nbytes for held in self._held.values())
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of optimizer state held, by kind: row, column, vector, momentum."""
         total: dict[str, int] = {}
-        for state in self._states.values():
-            for kind, count in state.bytes_by_kind().items():
+        for held in list(self._held.values()):
+            for kind, count in held.state.bytes_by_kind().items():
                 total[kind] = total.get(kind, 0) + count
         return total
 
-    def _layout(self, index: int) -> AdafactorLayout:
-        group = self.spec.groups[self.spec.parameters[self._slices[index].parameter].group]
-        assert group.adafactor is not None
-        return group.adafactor
+    # --- inside ---------------------------------------------------------------------------------
 
-    def _axes(self, index: int) -> Axes | None:
-        layout = self._layout(index)
-        return factored_axes(
-            self._slices[index].shape,
-            largest_two=layout.factored_axes is FactoredAxes.LARGEST_TWO,
-            min_dim_size_to_factor=layout.min_dim_size_to_factor,
-        )
+    def _step(self, record: Record) -> Stepping:
+        """What all slices need of a record or draft, worked out once."""
+        stepping = self._stepping
+        if stepping is None or stepping.record is not record:
+            stepping = self._stepping = Stepping(self.spec, record, self.passes)
+        return stepping
 
+    def _layout(self, piece: Slice) -> Layout:
+        whole = self.spec.parameters[piece.parameter].shape
+        axes = Axes(*piece.axes) if piece.axes else None
+        return Layout(piece.shape, whole, axes, piece.axis if piece.split else None)
 
-def _settings(step: AdafactorStep, layout: AdafactorLayout) -> adafactor.Settings:
-    """The step's hyper-parameters in the words of the mathematics."""
-    return adafactor.Settings(
-        eps1=step.eps1,
-        eps2=step.eps2,
-        clip_threshold=step.clip_threshold,
-        beta1=step.beta1 if layout.momentum else None,
-        weight_decay=step.weight_decay,
-        weight_decay_mode=_DECAY_MODES[step.weight_decay_mode],
-        scale_parameter=step.scale_parameter,
-        lr=step.lr,
-        clamp_eps=layout.eps_placement is EpsPlacement.CLAMPED,
-    )
+    def _group(self, index: int) -> AdafactorLayout:
+        parameter = self.spec.parameters[self._slices[index].parameter]
+        layout = self.spec.groups[parameter.group].adafactor
+        assert layout is not None
+        return layout

@@ -1,0 +1,96 @@
+"""A record, or its draft, in the words of the mathematics: what slices need to step by it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Literal
+
+from adashard.wire.messages import AdafactorStep, Record
+from adashard.wire.placement import Slice
+from adashard.wire.spec import AdafactorLayout, EpsPlacement, JobSpec, WeightDecayMode
+from adashard_server.optim.adafactor import Settings
+from adashard_server.optim.partials import Partial
+from adashard_server.optim.passes import Passes
+from adashard_server.optim.split import Layout, Measured, SliceStep
+from adashard_server.shard.partials import added, unpacked
+
+_DECAY_MODES: dict[WeightDecayMode, Literal["alpha", "lr", "plain"]] = {
+    WeightDecayMode.ALPHA: "alpha",
+    WeightDecayMode.LR: "lr",
+    WeightDecayMode.PLAIN: "plain",
+}
+
+
+class Stepping:
+    """One record for all slices of a shard. Read-only, so threads may share it.
+
+    Args:
+        spec: the job.
+        record: of the step, or its draft.
+        passes: the loops.
+    """
+
+    def __init__(self, spec: JobSpec, record: Record, passes: type[Passes]) -> None:
+        self.record = record
+        self._spec, self._passes = spec, passes
+        self.scale = record.norm_factor / added(record.shares)
+        """What makes a sum over workers the mean, bounded in norm."""
+        self._settings = [
+            _settings(step.adafactor, group.adafactor)
+            for step, group in zip(record.groups, spec.groups, strict=True)
+            if step.adafactor is not None and group.adafactor is not None
+        ]
+        self._schedules = [
+            {schedule.step_count: schedule for schedule in step.schedules} for step in record.groups
+        ]
+
+    def of(self, piece: Slice, layout: Layout) -> SliceStep:
+        """The step of one slice."""
+        group, count = self._group_and_count(piece)
+        return SliceStep(
+            layout,
+            self._settings[group],
+            beta2=self._schedules[group][count].beta2,
+            scale=self.scale,
+            passes=self._passes,
+        )
+
+    def rho(self, piece: Slice) -> float:
+        """Relative step size, or learning rate, of the slice's parameter."""
+        group, count = self._group_and_count(piece)
+        return self._schedules[group][count].rho
+
+    def total(self, piece: Slice, measured: Measured) -> Partial:
+        """The sums over the slice's whole parameter; its own where that is not split."""
+        return self._totals[piece.first] if piece.split else measured.partial
+
+    def measures_as(self, other: Stepping) -> bool:
+        """Whether slices measure the same by both: they differ in what exchanges add alone."""
+        ours, theirs = self.record, other.record
+        return ours is theirs or all(
+            getattr(ours, name) == getattr(theirs, name)
+            for name in ("step", "workers", "shares", "step_counts", "groups", "norm_factor")
+        )
+
+    @cached_property
+    def _totals(self) -> dict[int, Partial]:
+        return {partial.slice: unpacked(partial) for partial in self.record.partials}
+
+    def _group_and_count(self, piece: Slice) -> tuple[int, int]:
+        group = self._spec.parameters[piece.parameter].group
+        return group, self.record.step_counts[piece.parameter]
+
+
+def _settings(step: AdafactorStep, layout: AdafactorLayout) -> Settings:
+    """The step's hyper-parameters in the words of the mathematics."""
+    return Settings(
+        eps1=step.eps1,
+        eps2=step.eps2,
+        clip_threshold=step.clip_threshold,
+        beta1=step.beta1 if layout.momentum else None,
+        weight_decay=step.weight_decay,
+        weight_decay_mode=_DECAY_MODES[step.weight_decay_mode],
+        scale_parameter=step.scale_parameter,
+        lr=step.lr,
+        clamp_eps=layout.eps_placement is EpsPlacement.CLAMPED,
+    )
