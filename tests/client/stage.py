@@ -6,8 +6,9 @@ import torch
 from tests.client.fakes import FakeShard, FakeTransport
 from tests.shard import jobs
 
-from adashard.session import Push, Session
-from adashard.wire.messages import Freeze, Frozen, Member, OnExisting, Open, Opened
+from adashard.push import Push
+from adashard.session import Session
+from adashard.wire.messages import Entry, Freeze, Frozen, Member, OnExisting, Open, Opened
 
 SPEC = jobs.spec((4,), (3,))
 
@@ -15,7 +16,7 @@ SPEC = jobs.spec((4,), (3,))
 class Stage:
     """One session, its shards, and the coordinator's lines."""
 
-    def __init__(self, shards: int = 1, weights: float = 0.0) -> None:
+    def __init__(self, shards: int = 1, weights: float = 0.0, **options) -> None:
         self.members = [Member(id=f"s{n}", address=f"s{n}:1") for n in range(shards)]
         self.shards = [
             FakeShard({i: torch.full((4 - i,), weights) for i in range(2) if i % shards == n})
@@ -33,6 +34,7 @@ class Stage:
             self.parameters,
             on_existing=OnExisting.RESUME,
             token="secret",
+            **options,
         )
         self.control = self.transport.control()
 
@@ -47,7 +49,10 @@ class Stage:
         )
 
     def freeze(self, generation: int = 1, **options) -> Frozen:
-        self.control.say(Freeze(entry=self.entry(generation, **options)))
+        return self.freeze_with(self.entry(generation, **options))
+
+    def freeze_with(self, entry: Entry) -> Frozen:
+        self.control.say(Freeze(entry=entry))
         return self.transport.hear(Frozen)
 
     def open(self, generation: int = 1, base: int = 0, of=None, **options) -> None:

@@ -29,10 +29,23 @@ class FakeSession:
     made: list[FakeSession]
     error: BaseException | None = None
 
-    def __init__(self, transport, address, job, spec, parameters, *, on_existing, token):
+    def __init__(
+        self,
+        transport,
+        address,
+        job,
+        spec,
+        parameters,
+        *,
+        on_existing,
+        token,
+        replies=None,
+        loaded=None,
+    ):
         self.id, self.rank, self.version = "worker-1", 4, -1
         self.address, self.job, self.spec = address, job, spec
         self.parameters, self.on_existing, self.token = parameters, on_existing, token
+        self.replies, self.loaded = replies, loaded
         self.pushes, self.groups, self.logged = [], [], []
         self.used, self.closed, self.abandoned = True, 0, 0
         type(self).made.append(self)
@@ -197,14 +210,58 @@ def test_two_parameters_of_one_name_are_refused():
 # --- what is refused -----------------------------------------------------------------------------
 
 
-def test_a_sparse_gradient_is_refused_by_name(sessions):
+def embedding(rows: list[int]) -> torch.nn.Embedding:
     layer = torch.nn.Embedding(4, 2, sparse=True)
-    layer(torch.tensor([1])).sum().backward()
+    layer(torch.tensor(rows).long()).sum().backward()
+    return layer
+
+
+def in_rows(rows: list[int], values: torch.Tensor) -> torch.Tensor:
+    return torch.sparse_coo_tensor(torch.tensor([rows]), values, (4, 2), check_invariants=False)
+
+
+@pytest.mark.parametrize("rows", [[3, 1, 3], []])
+def test_a_gradient_in_rows_is_given_coalesced_also_when_no_row_was_touched(sessions, rows):
+    layer = embedding(rows)
+    Adafactor(layer.named_parameters()).step()
+    given = sessions[0].pushes[0][0]
+    assert given.is_coalesced()
+    assert given.indices().tolist() == [sorted(set(rows))]
+    assert torch.equal(given.to_dense(), layer.weight.grad.to_dense())
+
+
+def test_a_gradient_in_rows_that_was_set_to_zero_still_takes_part(sessions):
+    layer = embedding([1])
     made = Adafactor(layer.named_parameters())
-    with pytest.raises(InvalidGradient, match="does not support sparse gradients: 'weight'") as no:
+    made.zero_grad(set_to_none=False)
+    made.step()
+    assert torch.equal(sessions[0].pushes[0][0].to_dense(), torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("gradient", "words"),
+    [
+        (torch.ones(4, 2).to_sparse(), "'weight' is torch.sparse_coo over 2 axes"),
+        (in_rows([0, 4], torch.ones(2, 2)), "'weight' has a row 4, and the parameter has 4 rows"),
+        (in_rows([0, 2], torch.tensor([[0.0, 1.0], [0.0, torch.nan]])), "gradient of 'weight'"),
+        (in_rows([2, 2], torch.full((2, 2), 3e38)), "gradient of 'weight'"),
+    ],
+    ids=["sparse in elements", "row out of range", "not a number", "sum too large"],
+)
+def test_a_sparse_gradient_that_cannot_be_right_is_refused_by_name(sessions, gradient, words):
+    layer = embedding([1])
+    layer.weight.grad = gradient
+    made = Adafactor(layer.named_parameters())
+    with pytest.raises(InvalidGradient, match=words):
         made.step()
-    assert no.value.facts == {"tensor": "weight"}
     assert sessions == []
+
+
+def test_a_sparse_gradient_that_is_not_finite_is_sent_where_the_step_is_to_be_skipped(sessions):
+    layer = embedding([1])
+    layer.weight.grad = in_rows([2], torch.full((1, 2), torch.inf))
+    Adafactor(layer.named_parameters(), nonfinite="skip").step()
+    assert torch.isinf(sessions[0].pushes[0][0].values()).all()
 
 
 @pytest.mark.parametrize(

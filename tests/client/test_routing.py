@@ -1,26 +1,36 @@
-"""Tensors cut along a placement and put back: by views, in any layout and format."""
+"""Tensors cut along a placement and put back: by slices, in any layout and format."""
 
 from __future__ import annotations
 
-import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.client.cuts import (
+    FORMATS,
+    Cut,
+    cut_routing,
+    models,
+    part_of,
+    received,
+    runs_of,
+    tensors_of,
+)
 from tests.shard import jobs
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from adashard import routing as routing_module
 from adashard.routing import Routing
 from adashard.wire.errors import InvalidFrame, UnsupportedParameter
 from adashard.wire.frames import read_frame
-from adashard.wire.messages import Member, Run
+from adashard.wire.messages import Content, Member, Run
 from adashard.wire.spec import DType
-from adashard.wire.tensors import as_buffer, from_buffer, wire_dtype
+from adashard.wire.tensors import as_buffer, wire_dtype
 
 SHAPES = ((4, 3), (5,), (), (2, 3, 2))
-FORMATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def tensors(dtypes=(torch.float32,) * 4, seed: int = 0) -> list[Tensor]:
@@ -35,24 +45,64 @@ def routing(parameters: list[Tensor]) -> Routing:
     return Routing(jobs.spec(*SHAPES), parameters)
 
 
-def received(frames) -> dict[int, Tensor]:
-    """Flat tensors by slice, from frames."""
-    found: dict[int, list[Tensor]] = {}
-    for data in frames:
-        for run, buffer in read_frame(data).pieces():
-            found.setdefault(run.slice, []).append(from_buffer(buffer, run.dtype))
-    return {index: torch.cat(parts) for index, parts in found.items()}
-
-
-def runs_of(index: int, flat: Tensor, borders: list[int]):
-    """The elements of a slice, cut at `borders`, as they would arrive."""
-    cuts = sorted({0, flat.numel(), *(border for border in borders if border < flat.numel())})
-    for start, stop in itertools.pairwise(cuts):
-        part = flat[start:stop].contiguous()
-        yield Run(slice=index, start=start, count=stop - start, dtype=wire_dtype(flat.dtype)), part
-
-
 formats = st.tuples(*[st.sampled_from(FORMATS)] * 4)
+
+
+@given(models(), st.data())
+def test_every_slice_of_a_gradient_is_sent_whole_wherever_it_lies_in_memory(model, data):
+    drawn, gradients = model
+    cutter = cut_routing(drawn, [torch.zeros(one.shape) for one in drawn])
+    wanted = data.draw(st.permutations(range(len(cutter.slices))))
+    came = received(cutter.gradient_frames(dict(enumerate(gradients)), wanted))
+    assert list(came) == wanted
+    for index, flat in came.items():
+        piece = cutter.slices[index]
+        assert flat.dtype is gradients[piece.parameter].dtype
+        assert torch.equal(flat, part_of(gradients[piece.parameter], piece))
+
+
+@given(models(), st.data())
+def test_slices_that_come_between_each_other_restore_every_bit(model, data):
+    drawn, theirs = model
+    mine = [
+        data.draw(tensors_of(one.shape, other.dtype))
+        for one, other in zip(drawn, theirs, strict=True)
+    ]
+    target = cut_routing(drawn, mine)
+    left = {
+        piece.index: list(
+            runs_of(
+                piece.index,
+                part_of(theirs[piece.parameter], piece),
+                data.draw(st.lists(st.integers(1, 30), max_size=3)),
+            )
+        )
+        for piece in target.slices
+    }
+    while left:
+        index = data.draw(st.sampled_from(sorted(left)))
+        run, part = left[index].pop(0)
+        old = part_of(mine[target.slices[index].parameter], target.slices[index])
+        there = torch.equal(old[run.start : run.start + run.count], part)
+        assert target.write(run, as_buffer(part)) == there
+        if not left[index]:
+            del left[index]
+    assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
+
+
+@given(st.lists(st.lists(st.integers(1, 9), max_size=4).map(tuple), min_size=1, max_size=4))
+def test_models_that_are_cut_small_come_through_whole(shapes):
+    spec = replace(jobs.spec(*shapes), slice_bytes=64)
+    theirs, mine = [[torch.randn(shape) for shape in shapes] for _ in range(2)]
+    target = Routing(spec, mine)
+    sent = Routing(spec, theirs).weight_frames(range(len(target.slices)))
+    for index, flat in received(sent).items():
+        for run, part in runs_of(index, flat, [3, 8]):
+            target.write(run, as_buffer(part))
+    assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
+
+
+# --- what is copied, and what is not -------------------------------------------------------------
 
 
 @given(formats, st.sets(st.integers(0, 3)), st.permutations(range(4)))
@@ -97,18 +147,61 @@ def test_weights_are_written_in_place_and_gradients_are_sent_from_where_they_are
     assert [parameter.data_ptr() for parameter in parameters] == addresses
 
 
-def test_a_gradient_that_is_longer_than_a_frame_is_sent_from_one_place(monkeypatch):
-    calls: list[Tensor] = []
-    original = routing_module.flat_on_cpu
+def test_rows_are_written_in_place_and_sent_from_where_they_are(monkeypatch):
+    sources: list[int] = []
+    original = routing_module.as_buffer
     monkeypatch.setattr(
-        routing_module, "flat_on_cpu", lambda one: calls.append(one) or original(one)
+        routing_module, "as_buffer", lambda one: sources.append(one.data_ptr()) or original(one)
     )
-    large = torch.randn(3, 1 << 18).t()  # not row by row: flattening copies it, once
-    cutter = Routing(jobs.spec(tuple(large.shape)), [large])
-    frames = list(cutter.gradient_frames({0: large}, [0]))
-    assert len(frames) > 1
-    assert len(calls) == 1
-    assert torch.equal(received(frames)[0], large.reshape(-1))
+    parameter, gradient = torch.zeros(6, 4), torch.randn(6, 4)
+    cutter = cut_routing([Cut((6, 4), 0, frozenset({1, 4}))], [parameter])
+    list(cutter.gradient_frames({0: gradient}, range(3)))
+    assert sources == [gradient[row].data_ptr() for row in (0, 1, 4)]
+    first, second = runs_of(1, torch.ones(12), [5])
+    assert not cutter.write(first[0], as_buffer(first[1]))
+    assert parameter.sum() == 5, "a slice that lies in one piece does not wait until it is whole"
+    cutter.write(second[0], as_buffer(second[1]))
+    assert torch.equal(parameter[1:4], torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("layout", ["columns", "transposed"])
+def test_a_slice_that_is_in_pieces_is_copied_once_and_goes_before_the_next(monkeypatch, layout):
+    copies: list[StorageWeakRef] = []
+    original = routing_module.flat_on_cpu
+
+    def watched(part):
+        assert all(copy.expired() for copy in copies)
+        flat = original(part)
+        assert flat.data_ptr() != part.data_ptr()
+        copies.append(StorageWeakRef(flat.untyped_storage()))
+        return flat
+
+    monkeypatch.setattr(routing_module, "flat_on_cpu", watched)
+    shape, axis = ((500, 2400), 1) if layout == "columns" else ((2400, 500), 0)
+    gradient = torch.randn(500, 2400) if axis else torch.randn(500, 2400).t()
+    cutter = cut_routing([Cut(shape, axis, frozenset({600, 1200, 1800}))], [gradient])
+    frames = []
+    for frame in cutter.gradient_frames({0: gradient}, range(4)):
+        frames.append(frame)
+        assert sum(not copy.expired() for copy in copies) <= 1
+    assert len(copies) == 4
+    assert any(len({run.slice for run in read_frame(frame).runs}) > 1 for frame in frames)
+    for index, flat in received(frames).items():
+        assert torch.equal(flat, part_of(gradient, cutter.slices[index]))
+
+
+def test_a_slice_that_is_in_pieces_is_written_when_the_last_has_come():
+    parameter = torch.zeros(3, 4)
+    target = cut_routing([Cut((3, 4), 1, frozenset({2}))], [parameter])
+    first, second = runs_of(1, torch.arange(1.0, 7.0), [4])
+    target.write(first[0], as_buffer(first[1]))
+    assert not parameter.any()
+    target.write(second[0], as_buffer(second[1]))
+    assert torch.equal(parameter[:, 2:], torch.arange(1.0, 7.0).view(3, 2))
+    assert not parameter[:, :2].any()
+
+
+# --- layouts -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("borders", [[], [1], [5, 7]])
@@ -155,10 +248,10 @@ def test_not_a_number_is_there_when_it_was_there_before():
 def test_a_reply_that_was_broken_off_leaves_no_trace_in_the_next():
     parameter = torch.zeros(3, 4).t()
     target = Routing(jobs.spec((4, 3)), [parameter])
-    first, *_ = runs_of(0, torch.full((12,), 9.0), [5])
+    first, *_ = runs_of(0, torch.ones(12), [7])
     target.write(first[0], as_buffer(first[1]))
     for run, part in runs_of(0, torch.ones(12), [7]):
-        target.write(run, as_buffer(part))
+        assert not target.write(run, as_buffer(part)), "none of them was in the parameter"
     assert torch.equal(parameter, torch.ones(4, 3))
 
 
@@ -188,8 +281,14 @@ def test_a_parameter_that_needs_a_gradient_is_written_all_the_same():
         Run(slice=-1, start=0, count=1, dtype=DType.FLOAT32),
         Run(slice=1, start=3, count=3, dtype=DType.FLOAT32),
         Run(slice=1, start=0, count=5, dtype=DType.BFLOAT16),
+        *[
+            Run(slice=1, start=0, count=5, dtype=DType.FLOAT32, content=content)
+            for content in Content
+            if content is not Content.WEIGHT
+        ],
     ],
-    ids=["no slice", "negative", "beyond the end", "another format"],
+    ids=["no slice", "negative", "beyond the end", "another format"]
+    + [content.name for content in Content if content is not Content.WEIGHT],
 )
 def test_a_reply_that_does_not_fit_is_refused_and_writes_nothing(run):
     parameters = tensors()
@@ -207,6 +306,51 @@ def test_formats_are_said_once_where_all_are_the_same():
         DType.FLOAT16,
         DType.FLOAT64,
     )
+
+
+@given(models(), st.sampled_from(FORMATS), st.data())
+def test_weights_are_wanted_in_one_format_and_written_in_the_parameters(model, wanted, data):
+    drawn, mine = model
+    target = cut_routing(drawn, mine, reply_dtype=wanted)
+    assert target.dtypes() == (wire_dtype(wanted),)
+    theirs = [torch.randn(one.shape).to(wanted) for one in drawn]
+    before = [one.clone() for one in mine]
+    for piece in target.slices:
+        flat = part_of(theirs[piece.parameter], piece)
+        there = torch.equal(
+            part_of(before[piece.parameter], piece), flat.to(mine[piece.parameter].dtype)
+        )
+        came = [
+            target.write(run, as_buffer(part))
+            for run, part in runs_of(piece.index, flat, data.draw(st.lists(st.integers(1, 9))))
+        ]
+        assert all(came) == there
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.equal(one, other.to(one.dtype))
+
+
+def test_a_format_that_is_narrower_than_the_one_wanted_is_rounded_to_nearest():
+    parameter = torch.zeros(3, dtype=torch.bfloat16)
+    target = Routing(jobs.spec((3,)), [parameter], reply_dtype=torch.float32)
+    ((run, part),) = runs_of(0, torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20]), [])
+    assert not target.write(run, as_buffer(part))
+    assert parameter.tolist() == [1.0, 1 + 2**-6, 1 + 2**-7], "ties go to even"
+    assert target.write(run, as_buffer(part))
+
+
+def test_the_parameters_own_format_is_refused_where_another_is_wanted():
+    parameter = torch.zeros(2)
+    target = Routing(jobs.spec((2,)), [parameter], reply_dtype=torch.bfloat16)
+    ((run, part),) = runs_of(0, torch.ones(2), [])
+    with pytest.raises(InvalidFrame, match="came as FLOAT32, and BFLOAT16 was wanted"):
+        target.write(run, as_buffer(part))
+    assert not parameter.any()
+
+
+def test_weights_are_uploaded_in_their_own_format():
+    parameter = torch.randn(2)
+    cutter = Routing(jobs.spec((2,)), [parameter], reply_dtype=torch.bfloat16)
+    assert torch.equal(received(cutter.weight_frames([0]))[0], parameter)
 
 
 def test_a_format_that_does_not_travel_is_refused():

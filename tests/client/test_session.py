@@ -10,7 +10,7 @@ from tests.client.stage import SPEC
 from tests.shard import jobs
 from tests.shard.tables import piece
 
-from adashard.session import Push
+from adashard.push import Push
 from adashard.wire.errors import (
     Internal,
     InvalidFrame,
@@ -275,10 +275,10 @@ def test_a_stream_that_begins_after_another_has_failed_does_not_go_on(stage):
     play = stage(shards=2)
     play.open()
     failed = threading.Event()
-    cancel_calls, push_pull = play.session._cancel_calls, play.transport.push_pull
+    cancel, push_pull = play.session._streams.cancel, play.transport.push_pull
 
     def cancelled():
-        cancel_calls()
+        cancel()
         failed.set()
 
     def late(address, frames):
@@ -290,7 +290,7 @@ def test_a_stream_that_begins_after_another_has_failed_does_not_go_on(stage):
         raise InvalidRequest("no")
         yield
 
-    play.session._cancel_calls, play.transport.push_pull = cancelled, late
+    play.session._streams.cancel, play.transport.push_pull = cancelled, late
     play.shards[0].script = [refuses]
     with pytest.raises(InvalidRequest, match="no"):
         play.step()

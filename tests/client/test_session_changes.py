@@ -10,7 +10,7 @@ from tests.client.fakes import WAIT_S, honest, record
 from tests.shard import jobs
 from tests.shard.tables import together
 
-from adashard import retry
+from adashard import retry, streams
 from adashard import session as session_module
 from adashard.wire.errors import (
     AdashardError,
@@ -167,7 +167,7 @@ def test_abandoning_ends_a_step_in_another_thread(stage):
 
 
 def test_a_shard_that_stays_away_is_given_up_at_the_budget(stage, monkeypatch):
-    monkeypatch.setattr(session_module, "STREAM_BUDGET_S", 0.0)
+    monkeypatch.setattr(streams, "STREAM_BUDGET_S", 0.0)
     play = stage()
     play.transport.shards.clear()
     play.open()
@@ -176,7 +176,7 @@ def test_a_shard_that_stays_away_is_given_up_at_the_budget(stage, monkeypatch):
 
 
 def test_a_step_that_waits_long_says_for_what(stage, monkeypatch, caplog):
-    monkeypatch.setattr(session_module, "_SAY_S", 0.001)
+    monkeypatch.setattr(session_module, "SAY_S", 0.001)
     caplog.set_level("INFO", logger="adashard")
     play = stage()
     said = threading.Event()

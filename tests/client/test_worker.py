@@ -11,7 +11,6 @@ from tests.shard import jobs
 
 from adashard.wire.errors import Internal, InvalidFrame, StaleGeneration
 from adashard.wire.messages import Frozen, Outcome, Record, Run, Stale, Standing
-from adashard.wire.placement import cut
 from adashard.wire.spec import DType
 from adashard.worker import Worker
 
@@ -20,7 +19,7 @@ COUNTS = (4, 3, 1)
 
 
 def new(name: str = "w") -> Worker:
-    return Worker(name, jobs.JOB, cut(SPEC))
+    return Worker(name, jobs.JOB)
 
 
 def entry(generation: int = 1, *, origin: str = "w", workers: str = "w", **options):

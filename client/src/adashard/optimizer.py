@@ -16,17 +16,23 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from adashard.session import Push, Session
+from adashard import state_dict as layouts
+from adashard.push import Push, Replies
+from adashard.rows import coalesced_rows, is_sparse
+from adashard.session import Session
+from adashard.state import State, fitted
 from adashard.transport.grpc import GrpcTransport
 from adashard.wire.errors import (
     AdashardError,
     InvalidGradient,
     InvalidSettings,
+    JobExists,
+    LeaseExpired,
     UnsupportedParameter,
 )
 from adashard.wire.messages import GroupStep, OnExisting
 from adashard.wire.placement import CLUSTER_DEFAULT, validate_spec
-from adashard.wire.spec import Group, JobSpec, Parameter
+from adashard.wire.spec import Group, JobSpec, Parameter, Rounding
 from adashard.wire.tensors import wire_dtype
 
 log = logging.getLogger("adashard")
@@ -69,8 +75,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._slice_bytes = CLUSTER_DEFAULT if slice_bytes is None else slice_bytes
         self._min_workers = min_workers
         self._max_grad_norm = max_grad_norm
-        self._rounding, self._seed, self._reply_dtype = rounding, seed, reply_dtype
+        self._replies = Replies(dtype=reply_dtype, rounding=Rounding[rounding.upper()], seed=seed)
         self._session: Session | None = None
+        self._loaded: State | None = None  # until the job has taken a step from it
+        self._stepped = False
         self._logged: dict[str, float] = {}
         super().__init__(params, defaults)
         validate_spec(self._spec())
@@ -92,7 +100,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             What `closure` returned.
 
         Raises:
-            InvalidGradient: a gradient is sparse or not finite; nothing was sent.
+            InvalidGradient: a gradient is not finite, or sparse in another way than in rows that
+                the parameter has; nothing was sent.
             CannotReachServer: nobody answers at the address.
             ModelMismatch: the job was registered with another model.
             JobLost: state of the job is gone with a shard.
@@ -107,7 +116,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         session = self._joined(parameters)
         self._check_layouts(session.spec)
         try:
-            if not session.step(Push(gradients=gradients, settings=self._settings)):
+            push = Push(
+                gradients=gradients, settings=self._settings, max_grad_norm=self._max_grad_norm
+            )
+            if not session.step(push):
                 log.info(
                     "job %r: adopted the weights of step %d; this worker's first gradient was "
                     "computed on others and is dropped",
@@ -118,6 +130,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._session = None
             session.abandon()
             raise
+        self._loaded, self._stepped = None, True
         self._flush_log(session)
         return loss
 
@@ -184,6 +197,82 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    def state_dict(self, *, to_transformers: bool = False) -> dict[str, Any]:
+        """The whole optimizer state of the job at the last step, fetched from all shards.
+
+        It is laid out as that of `torch.optim.Adafactor`, and loads there: second moments in
+        float32 under `row_var`, `col_var` or `variance`, `exp_avg` with beta1, torch's settings of
+        a group beside ours. What torch has no word for stands under the key "remote": job, version
+        and, where weights come to the worker below float32, the float32 ones ("masters"). Before
+        the first step it is what was loaded. No other worker is kept waiting; of several, one
+        saves for all.
+
+        Args:
+            to_transformers: whether the layout is that of `transformers.Adafactor` instead.
+
+        Returns:
+            A dict that `torch.load(..., weights_only=True)` reads; its tensors are on the CPU.
+
+        Raises:
+            LeaseExpired: the worker has left the job, and cannot ask for its state any more.
+            AdashardError: a shard has not answered within its budget.
+        """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state = self._session.state() if self._session else self._loaded
+        if state is None and self._stepped:
+            raise LeaseExpired(
+                f"the state of job {self._job!r} is on its shards, and this worker is not part of "
+                "the job any more",
+                remedy="Call state_dict() before close(); or step(), which joins again.",
+            )
+        weights = [tensor for _, tensor, _ in self._parameters()]
+        found = layouts.pack(
+            state,
+            self._spec(),
+            weights,
+            self.param_groups,
+            job=self._job,
+            to_transformers=to_transformers,
+        )
+        for after in self._optimizer_state_dict_post_hooks.values():
+            found = after(self, found) or found
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the settings of a dict, and begins a job with its optimizer state.
+
+        Before the first step this worker begins the job at the version of the dict, with its
+        parameters as they are, or with the masters in the dict where its weights are what these
+        round to. Several workers may load the same dict: one begins, the others join. In a job
+        that is under way there is nothing to load: the same state is taken silently.
+
+        Args:
+            state_dict: of this class, of `torch.optim.Adafactor` or of `transformers.Adafactor`.
+                It is not changed; the optimizer may keep its tensors.
+
+        Raises:
+            ModelMismatch: it is of another model; the first tensor that differs, and both shapes.
+            InvalidRequest: it has numbers in it that no optimizer can have come to.
+            InvalidSettings: its settings contradict each other.
+            JobExists: the job is under way with another state. With `on_existing="replace"` this
+                worker leaves it, and the next step begins it anew.
+        """
+        saved = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            saved = before(self, saved) or saved
+        groups = layouts.merged_groups(self.param_groups, saved)
+        for group in groups:
+            self._resolve_group(group)
+        loaded = layouts.unpack(saved, self._spec_of(groups))
+        if self._session is not None:
+            self._compare(self._session, loaded)
+        if self._session is None:
+            self._loaded, self._stepped = loaded, False
+        self.param_groups = groups
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the session: a copy joins by itself, under an identity of its own."""
         return {**self.__dict__, "_session": None}
@@ -215,21 +304,26 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return found
 
     def _spec(self) -> JobSpec:
+        return self._spec_of(self.param_groups)
+
+    def _spec_of(self, groups: list[dict[str, Any]]) -> JobSpec:
+        """The job of this optimizer's parameters, with the settings of `groups`."""
         return JobSpec(
             parameters=tuple(
                 Parameter(name=name, shape=tuple(tensor.shape), group=group)
                 for name, tensor, group in self._parameters()
             ),
-            groups=tuple(self._layout(group) for group in self.param_groups),
+            groups=tuple(self._layout(group) for group in groups),
             slice_bytes=self._slice_bytes,
             min_workers=self._min_workers,
         )
 
     def _gradients(self, parameters: Iterable[tuple[str, Tensor, int]]) -> dict[int, Tensor]:
-        """The gradients there are, by parameter.
+        """The gradients there are, by parameter; those that are sparse, coalesced.
 
         Raises:
-            InvalidGradient: one is sparse, or not finite under `nonfinite="reject"`.
+            InvalidGradient: one is sparse in more than rows, has a row that the parameter has not,
+                or is not finite under `nonfinite="reject"`.
         """
         found: dict[int, Tensor] = {}
         broken: list[str] = []
@@ -238,11 +332,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             if gradient is None:
                 continue
             if gradient.layout is not torch.strided:
-                raise InvalidGradient(
-                    f"Adashard does not support sparse gradients: {name!r} has one",
-                    remedy="Build the layer with sparse=False.",
-                    tensor=name,
-                )
+                gradient = coalesced_rows(name, gradient)
             if self._nonfinite == "reject" and not _finite(gradient):
                 broken.append(name)
             found[index] = gradient
@@ -267,18 +357,46 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if self._session is None:
             spec = self._spec()
             validate_spec(spec)
+            tensors = [tensor for _, tensor, _ in parameters]
+            if self._loaded is not None:
+                self._loaded = fitted(self._loaded, spec, tensors, self._replies)
             self._session = Session(
                 GrpcTransport(),
                 self._address,
                 self._job,
                 spec,
-                [tensor for _, tensor, _ in parameters],
+                tensors,
                 on_existing=self._on_existing,
                 token=self._token,
+                replies=self._replies,
+                loaded=self._loaded,
             )
             # A script that ends, or forgets the optimizer, must not leave the others waiting.
             weakref.finalize(self, self._session.abandon)
         return self._session
+
+    def _compare(self, session: Session, loaded: State | None) -> None:
+        """Leaves a job that has another state, if it may be replaced.
+
+        Raises:
+            JobExists: it may not.
+        """
+        here = session.state()
+        there = loaded.fingerprint() if loaded else None
+        if here.version == (loaded.version if loaded else 0) and there in (
+            None,
+            here.fingerprint(),
+        ):
+            return
+        if self._on_existing is not OnExisting.REPLACE:
+            raise JobExists(
+                f"job {self._job!r} is at step {here.version}, and its optimizer state is not the "
+                f"one of step {loaded.version if loaded else 0} in the state dict",
+                remedy="Load it before the first step() of a new job=, or into an optimizer with "
+                "on_existing='replace'.",
+                job=self._job,
+            )
+        self.close()
 
     def _check_layouts(self, spec: JobSpec) -> None:
         """Refuses what a scheduler or a user has changed and no shard could follow."""
@@ -314,7 +432,10 @@ def _check_parameter(parameter: Tensor) -> None:
 
 def _finite(gradient: Tensor) -> bool:
     """Whether every element is finite, without a temporary of the gradient's size."""
-    least, greatest = torch.aminmax(gradient)  # both are NaN if an element is
+    values = gradient.values() if is_sparse(gradient) else gradient
+    if not values.numel():
+        return True  # no row was touched
+    least, greatest = torch.aminmax(values)  # both are NaN if an element is
     return bool(torch.isfinite(least) & torch.isfinite(greatest))
 
 

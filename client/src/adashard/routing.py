@@ -1,22 +1,26 @@
 """Cuts a model's tensors along the placement, and puts what comes back into them.
 
-Views, no copies: a gradient goes out from where autograd left it, and weights are written in
-place as frames arrive.
+A slice is the part of a tensor between two indices of one axis. Where it lies in one piece it is a
+view: a gradient goes out from where autograd left it, and weights are written in place as frames
+arrive. Where it does not, as when columns are cut, it is copied once; a stream holds the copy of
+one slice at a time, beside what is in the frame at hand.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from adashard.rows import is_sparse, row_extents, values_within
 from adashard.wire.errors import InvalidFrame
 from adashard.wire.frames import Extent, cut_runs, data_frame
-from adashard.wire.messages import Entry, Member, Run
+from adashard.wire.messages import Content, Entry, Member, Run
 from adashard.wire.placement import Slice, cut
 from adashard.wire.spec import DType, JobSpec
-from adashard.wire.tensors import as_buffer, flat_on_cpu, from_buffer, wire_dtype
+from adashard.wire.tensors import as_buffer, flat_on_cpu, flat_view, from_buffer, wire_dtype
 
 
 class Routing:
@@ -25,16 +29,24 @@ class Routing:
     Args:
         spec: the job.
         parameters: its tensors, in the order of `spec.parameters`; written in place.
+        reply_dtype: the format in which weights are wanted; None for that of each parameter.
     """
 
-    def __init__(self, spec: JobSpec, parameters: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        parameters: Sequence[Tensor],
+        *,
+        reply_dtype: torch.dtype | None = None,
+    ) -> None:
         self.slices: tuple[Slice, ...] = cut(spec)
         self._parameters = tuple(parameters)
+        self._reply_dtype = reply_dtype
         self._staged: dict[int, Tensor] = {}
 
     def dtypes(self) -> tuple[DType, ...]:
         """The formats in which weights are wanted: one for all parameters, or one each."""
-        each = tuple(wire_dtype(parameter.dtype) for parameter in self._parameters)
+        each = tuple(self._wanted(parameter) for parameter in self._parameters)
         return each[:1] if len(set(each)) <= 1 else each
 
     def by_shard(self, entry: Entry) -> dict[Member, list[int]]:
@@ -50,74 +62,128 @@ class Routing:
         """The frames that carry the gradients of `indices`, where there are any.
 
         Args:
-            gradients: by parameter; any of the formats that travel, on any device.
-            indices: slices, in the order in which they are sent.
+            gradients: by parameter; any of the formats that travel, on any device; dense, or
+                row-sparse as `rows.coalesced_rows` returns them.
+            indices: slices, in the order in which they are sent; none of them twice.
         """
         return self._frames(gradients, [i for i in indices if self._owner(i) in gradients])
 
     def weight_frames(self, indices: Iterable[int]) -> Iterator[bytes]:
-        """The frames that carry the weights of `indices` as they stand."""
+        """The frames that carry the weights of `indices` as they stand, in their own format."""
         return self._frames(dict(enumerate(self._parameters)), list(indices))
 
     def write(self, run: Run, buffer: memoryview) -> bool:
         """Writes elements that have arrived into their parameter, in place.
 
+        They are rounded to nearest where the parameter's format is narrower than the one wanted.
+        A slice that does not lie in one piece takes its elements when the last has come.
+
+        Args:
+            run: where they belong; the runs of a slice come in order.
+            buffer: their bytes.
+
         Returns:
             Whether they were there before, bit for bit.
 
         Raises:
-            InvalidFrame: the run does not fit its slice, or is not in the parameter's format.
+            InvalidFrame: the run does not fit its slice, or is not what was wanted.
         """
         parameter = self._parameters[self._owner(run.slice)]
-        if run.start + run.count > self.slices[run.slice].element_count:
-            raise InvalidFrame(f"a reply reaches beyond slice {run.slice}: {run}")
-        if wire_dtype(parameter.dtype) != run.dtype:
-            raise InvalidFrame(f"a reply for {parameter.dtype} came as {run.dtype.name}")
-        target = self._target(run.slice, parameter)[run.start : run.start + run.count]
-        fresh = from_buffer(buffer, run.dtype).to(target.device)
+        self._check(run, parameter)
+        target = self._target(run, parameter)[run.start : run.start + run.count]
+        fresh = from_buffer(buffer, run.dtype).to(target.device).to(target.dtype)
         same = torch.equal(target.view(torch.uint8), fresh.view(torch.uint8))
         target.copy_(fresh)
         self._unstage(run, parameter)
         return same
 
     def _frames(self, tensors: Mapping[int, Tensor], indices: Sequence[int]) -> Iterator[bytes]:
-        """Frames of whole slices; each tensor is flattened once, when its first frame is due."""
-        flat: dict[int, Tensor] = {}
+        outgoing = _Outgoing(self.slices, tensors)
+        extents = (extent for index in indices for extent in outgoing.extents(index))
+        for runs in cut_runs(extents):
+            by_slice = itertools.groupby(runs, lambda run: run.slice)
+            counts = [(index, sum(run.count for run in its_runs)) for index, its_runs in by_slice]
+            yield data_frame(runs, [outgoing.take(index, count) for index, count in counts])
 
-        def extents() -> Iterator[Extent]:
-            for index in indices:
-                piece = self.slices[index]
-                dtype = wire_dtype(tensors[piece.parameter].dtype)
-                row = piece.shape[-1] if piece.shape else 1
-                yield Extent(index, piece.element_count, row, dtype)
+    def _check(self, run: Run, parameter: Tensor) -> None:
+        if run.content is not Content.WEIGHT:
+            raise InvalidFrame(f"a parameter takes weights, not so: {run}")
+        if run.start + run.count > self.slices[run.slice].element_count:
+            raise InvalidFrame(f"a reply reaches beyond slice {run.slice}: {run}")
+        wanted = self._wanted(parameter)
+        if run.dtype is not wanted:
+            raise InvalidFrame(f"a reply came as {run.dtype.name}, and {wanted.name} was wanted")
 
-        for runs in cut_runs(extents()):
-            parts = []
-            for run in runs:
-                if run.slice not in flat:
-                    flat = {run.slice: flat_on_cpu(tensors[self._owner(run.slice)])}
-                parts.append(as_buffer(flat[run.slice][run.start : run.start + run.count]))
-            yield data_frame(runs, parts)
+    def _target(self, run: Run, parameter: Tensor) -> Tensor:
+        """Where the elements of a slice are written, flat: itself, or a staging copy.
 
-    def _target(self, index: int, parameter: Tensor) -> Tensor:
-        """Where the elements of a slice are written: the parameter itself, or a staging copy.
-
-        A parameter that is not laid out row by row takes its elements when the slice is whole.
+        A slice that begins anew is staged anew: of one that was broken off nothing is left.
         """
-        data = parameter.detach()
-        if data.is_contiguous():
-            return data.view(-1)
-        if index not in self._staged:
-            self._staged[index] = data.reshape(-1).contiguous()
-        return self._staged[index]
+        view = _view(parameter, self.slices[run.slice])
+        if view.is_contiguous():
+            return flat_view(view)
+        if run.start == 0 or run.slice not in self._staged:
+            self._staged[run.slice] = flat_view(view.contiguous())
+        return self._staged[run.slice]
 
     def _unstage(self, run: Run, parameter: Tensor) -> None:
-        if run.start + run.count == self.slices[run.slice].element_count:
+        piece = self.slices[run.slice]
+        if run.start + run.count == piece.element_count:
             staged = self._staged.pop(run.slice, None)
             if staged is not None:
-                parameter.detach().copy_(staged.view(parameter.shape))
+                _view(parameter, piece).copy_(staged.view(piece.shape))
+
+    def _wanted(self, parameter: Tensor) -> DType:
+        return wire_dtype(parameter.dtype if self._reply_dtype is None else self._reply_dtype)
 
     def _owner(self, index: int) -> int:
         if not 0 <= index < len(self.slices):
             raise InvalidFrame(f"there is no slice {index}; the job has {len(self.slices)}")
         return self.slices[index].parameter
+
+
+class _Outgoing:
+    """Slices on their way out: what of each travels, and its elements from first to last."""
+
+    def __init__(self, slices: Sequence[Slice], tensors: Mapping[int, Tensor]) -> None:
+        self._slices, self._tensors = slices, tensors
+        self._slice = -1
+        self._flat = _NOTHING
+        self._copied = False
+        self._taken = 0
+
+    def extents(self, index: int) -> Iterator[Extent]:
+        piece = self._slices[index]
+        tensor = self._tensors[piece.parameter]
+        if is_sparse(tensor):
+            yield from row_extents(tensor, piece)
+        else:
+            row = piece.shape[-1] if piece.shape else 1
+            yield Extent(index, piece.element_count, row, wire_dtype(tensor.dtype))
+
+    def take(self, index: int, count: int) -> memoryview:
+        """The next elements of a slice."""
+        if index != self._slice:
+            self._begin(index)
+        first, self._taken = self._taken, self._taken + count
+        elements = as_buffer(self._flat[first : self._taken])
+        if self._copied and 0 < first < self._taken == self._flat.numel():
+            return memoryview(bytes(elements))  # the frame goes on, and the slice's copy may go
+        return elements
+
+    def _begin(self, index: int) -> None:
+        self._flat = _NOTHING  # the copy of the slice before goes first
+        piece = self._slices[index]
+        tensor = self._tensors[piece.parameter]
+        part = values_within(tensor, piece) if is_sparse(tensor) else _view(tensor, piece)
+        self._flat = flat_on_cpu(part)
+        self._slice, self._copied, self._taken = index, self._flat.data_ptr() != part.data_ptr(), 0
+
+
+_NOTHING = torch.empty(0)
+
+
+def _view(tensor: Tensor, piece: Slice) -> Tensor:
+    """The part of a tensor that a slice is, in its shape."""
+    whole = tensor.detach()
+    return whole.narrow(piece.axis, piece.start, piece.stop - piece.start) if piece.shape else whole

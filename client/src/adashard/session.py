@@ -14,33 +14,35 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
 
-from adashard.retry import Backoff, repeatable
+from adashard.push import Push, Replies
+from adashard.retry import Backoff
 from adashard.routing import Routing
+from adashard.rows import sparse_bits
+from adashard.state import Gathering, State, state_frames
+from adashard.streams import SAY_S, Streams, Talk
 from adashard.transport.attendance import CONNECT_BUDGET_S, Attendance
-from adashard.transport.base import Call, Transport
+from adashard.transport.base import Transport
+from adashard.uploads import Uploads
 from adashard.wire.errors import (
     AdashardError,
+    JobExists,
     LeaseExpired,
-    ShardUnavailable,
     StaleGeneration,
     from_info,
 )
-from adashard.wire.frames import Frame, leading_frame, read_frame
+from adashard.wire.frames import Frame
 from adashard.wire.messages import (
-    Acknowledge,
     Begin,
     Bye,
     Entry,
     Freeze,
     FromCoordinator,
-    GroupStep,
     Hello,
     Logged,
     Member,
@@ -52,45 +54,21 @@ from adashard.wire.messages import (
     PlanRequest,
     Record,
     Renewal,
-    UploadBegin,
     Welcome,
     WorkerHello,
 )
-from adashard.wire.spec import JobSpec
+from adashard.wire.spec import DType, JobSpec
 from adashard.wire.version import VERSION
 from adashard.worker import Worker
 
 log = logging.getLogger("adashard")
 
 LEAVE_S = 10.0
-STREAM_BUDGET_S = 120.0
-STREAMS_MAX = 512  # a step needs one for each shard at once; threads are made when needed
-_SAY_S = 3.0  # a step that takes longer than this says what it waits for
 _RENEW_AFTER_STEP_S = 0.2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Push:
-    """One gradient of the whole model; unchanged until its step is taken.
-
-    Attributes:
-        gradients: by parameter index; those without one are absent.
-        settings: makes the settings of each group from the parameters' step counts so far.
-        share: how much it counts in the mean.
-    """
-
-    gradients: Mapping[int, Tensor]
-    settings: Callable[[tuple[int, ...]], tuple[GroupStep, ...]]
-    share: float = 1.0
-
-    def present(self, count: int) -> bytes:
-        """One bit per parameter, least significant first."""
-        bits = sum(1 << index for index in self.gradients)
-        return bits.to_bytes((count + 7) // 8, "little")
-
-
 class Session:
-    """A worker in a job. `step`, `log` and `close` belong to one thread, the training loop's.
+    """A worker in a job. `step`, `state`, `log` and `close` belong to the training loop's thread.
 
     Args:
         transport: reaches the servers; closed with the session.
@@ -100,6 +78,8 @@ class Session:
         parameters: the tensors, in the order of `spec`; written in place during `step`.
         on_existing: what to do when the job exists.
         token: the cluster's secret.
+        replies: how weights are wanted back; None for as they are.
+        loaded: a state that the job is to begin with, or has; None for whatever it has.
     """
 
     def __init__(
@@ -112,22 +92,26 @@ class Session:
         *,
         on_existing: OnExisting,
         token: str,
+        replies: Replies | None = None,
+        loaded: State | None = None,
     ) -> None:
         self.id = uuid.uuid4().hex
         self.job = job
         self.spec = spec
+        self._parameters = tuple(parameters)
         self._transport = transport
         self._on_existing, self._token = on_existing, token
-        self._routing = Routing(spec, parameters)
-        self._worker = Worker(self.id, job, self._routing.slices)
+        self._replies = replies or Replies()
+        self._loaded = loaded  # until a step has been taken from it
+        self._fingerprint = loaded.fingerprint() if loaded else ""
+        self._routing: Routing | None = None
+        self._worker = Worker(self.id, job, loaded.record() if loaded else None)
         self._changed = threading.Condition()
+        self._streams = Streams(transport, job, self._changed, self._worker.check)
         self._ended: AdashardError | None = None
         self._unchanged = True  # whether all that was adopted was there before, bit for bit
-        self._calls: set[Call] = set()
-        self._failed = False  # a stream of the step at hand, for good
-        self._uploading = False
+        self._uploads = Uploads(transport, job, self.id)
         self._renewed = 0.0
-        self._threads = ThreadPoolExecutor(STREAMS_MAX, thread_name_prefix="adashard-stream")
         self._attendance = Attendance(
             transport,
             address,
@@ -161,14 +145,16 @@ class Session:
             Whether the gradient was used.
 
         Raises:
+            JobExists: the job has another state than the one that was loaded.
             AdashardError: the session has ended; parameters may be torn, a new one adopts them.
         """
         target: int | None = None
         self._unchanged = True
-        backoff = Backoff(math.inf, time.monotonic, first_s=0.01, longest_s=0.2)
+        backoff = _between_generations()
         while target is None or self.version < target:
             plan = self._wait_open()
             try:
+                self._compare_loaded(plan)
                 if self.version < plan.base:
                     self._take(plan, plan.base, None)
                     if target is None and not self._unchanged:
@@ -177,10 +163,26 @@ class Session:
                     target = self.version + 1 if target is None else target
                     self._take(plan, target, push)
             except StaleGeneration:  # of this worker, or of a shard that has not opened it yet
-                over = partial(self._is_over, plan.entry.generation)
-                with self._changed:
-                    self._changed.wait_for(over, backoff.next_s())
+                self._wait_change(plan.entry.generation, backoff.next_s())
+        self._loaded = None
         return True
+
+    def state(self) -> State:
+        """The job's whole optimizer state at the version that this worker stands at.
+
+        The shards stand there too, and stay as long as this worker has not pushed again, so that
+        what they send is of one version. The other workers may push meanwhile.
+
+        Raises:
+            AdashardError: the session has ended, or a shard has not answered within its budget.
+        """
+        backoff = _between_generations()
+        while True:
+            plan = self._wait_open()
+            try:
+                return self._pull_state(plan, self.version)
+            except StaleGeneration:
+                self._wait_change(plan.entry.generation, backoff.next_s())
 
     def log(self, values: Mapping[str, float]) -> None:
         """Tells the coordinator what the loop wants seen; may be lost."""
@@ -200,7 +202,7 @@ class Session:
         """Ends the session without a word; the coordinator notices. Idempotent."""
         self._end(LeaseExpired(f"the session of worker {self.id} has ended"))
         self._attendance.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._streams.close()
         self._transport.close()
 
     def _wait_open(self) -> Plan:
@@ -212,7 +214,7 @@ class Session:
         with self._changed:
             said = False
             while self._worker.plan is None and self._ended is None:
-                if not self._changed.wait(_SAY_S) and not said:
+                if not self._changed.wait(SAY_S) and not said:
                     said = True
                     log.info("job %r: waiting to take part (%s)", self.job, self._what_for())
             if self._ended is not None:
@@ -231,10 +233,8 @@ class Session:
         Raises:
             StaleGeneration: the generation has ended meanwhile.
         """
-        begin = self._begin(plan.entry, step, push)
-        streams: list[Future[None]] = []
-        self._failed = False
-        for member, indices in self._routing.by_shard(plan.entry).items():
+        begin, talks = self._begin(plan.entry, step, push), []
+        for member, indices in self._routed.by_shard(plan.entry).items():
             behind = self._worker.behind(indices, step)
             if behind:
                 to_member = replace(
@@ -243,145 +243,121 @@ class Session:
                     version=self._worker.held(behind),
                     slices=() if len(behind) == len(indices) else tuple(behind),
                 )
-                streams.append(self._threads.submit(self._talk, member, to_member, behind, push))
-        self._join(streams, step)
+                talks.append(self._talk(member, to_member, behind, push))
+        self._streams.talk(talks, waiting=f"step {step} waits for the other workers")
         with self._changed:
             self._worker.took(plan, step)
         self._renew_now_and_then()
 
-    def _join(self, streams: list[Future[None]], step: int) -> None:
-        """Waits for all streams, also where one has failed; raises what matters most."""
-        said = False
-        try:
-            while wait(streams, _SAY_S).not_done:
-                if not said:
-                    said = True
-                    log.info("job %r: step %d waits for the other workers", self.job, step)
-        except BaseException:
-            self._fail()
-            wait(streams)
-            raise
-        errors = [error for stream in streams if (error := stream.exception()) is not None]
-        for error in sorted(errors, key=lambda error: isinstance(error, StaleGeneration)):
-            raise error
+    def _talk(self, member: Member, begin: Begin, slices: list[int], push: Push | None) -> Talk:
+        """One shard's part of a step."""
+        routing = self._routed
+        return Talk(
+            member=member,
+            begin=begin,
+            gradient=partial(routing.gradient_frames, push.gradients, slices) if push else None,
+            received=partial(self._received, begin),
+            whole=lambda: not self._worker.behind(slices, begin.step),
+        )
+
+    def _received(self, begin: Begin, frame: Frame) -> None:
+        """Takes a record, or writes weights in place."""
+        if isinstance(frame.leading, Record):
+            self._worker.take_record(frame.leading, begin.step)
+        for run, buffer in frame.pieces():
+            self._worker.writes(run)
+            if run.count:
+                self._unchanged &= self._routed.write(run, buffer)
+            self._worker.wrote(run, begin.step)
 
     def _begin(self, entry: Entry, step: int, push: Push | None) -> Begin:
         """What is the same for all shards in a step."""
-        return Begin(
+        begin = Begin(
             job=self.job,
             generation=entry.generation,
             sender=self.id,
             receiver="",
             step=step,
-            push=push is not None,
-            present=push.present(len(self.spec.parameters)) if push else b"",
-            share=push.share if push else 1.0,
-            groups=push.settings(self._worker.step_counts()) if push else (),
-            dtypes=self._routing.dtypes(),
+            push=False,
+            dtypes=self._routed.dtypes(),
+            rounding=self._replies.rounding,
+            seed=self._replies.seed,
+        )
+        if push is None:
+            return begin
+        count = len(self.spec.parameters)
+        return replace(
+            begin,
+            push=True,
+            present=push.present(count),
+            sparse=sparse_bits(push.gradients, count),
+            share=push.share,
+            groups=push.settings(self._worker.step_counts()),
+            max_grad_norm=push.max_grad_norm or 0.0,
         )
 
-    # --- a stream's thread ----------------------------------------------------------------------
+    def _pull_state(self, plan: Plan, version: int) -> State:
+        """The state at `version`, which is the one that the shards of the generation stand at.
 
-    def _talk(self, member: Member, begin: Begin, slices: list[int], push: Push | None) -> None:
-        """One shard's part of a step, repeated under the same name while nobody answers."""
-        backoff = Backoff(STREAM_BUDGET_S, time.monotonic)
-        while True:
-            try:
-                return self._stream(member, begin, slices, push, first=backoff.attempts == 0)
-            except AdashardError as error:
-                wait_s = backoff.next_s() if repeatable(error) else None
-                if wait_s is None:
-                    self._fail()
-                    raise
-                log.debug("job %r: %s; attempt %d", self.job, error.message, backoff.attempts)
-                with self._changed:
-                    self._changed.wait_for(partial(self._gives_up, begin.generation), wait_s)
-                    self._check(begin.generation)
+        It is a pull of a version that is decided, so it waits for nobody and nobody for it.
 
-    def _stream(
-        self,
-        member: Member,
-        begin: Begin,
-        slices: list[int],
-        push: Push | None,
-        *,
-        first: bool,
-    ) -> None:
-        acknowledged = threading.Event()
-        complete = threading.Event()
+        Raises:
+            StaleGeneration: the generation has ended meanwhile.
+        """
+        parameters = enumerate(self._parameters)
+        rounded = {index for index, one in parameters if self._replies.rounded_to(one)}
+        gathering = Gathering(plan.entry.spec, version, masters=rounded)
+        begin = replace(self._begin(plan.entry, version, None), dtypes=(DType.FLOAT32,), state=True)
+        talks = [
+            Talk(
+                member=member,
+                begin=replace(begin, receiver=member.id),
+                received=gathering.receive,
+                whole=partial(gathering.has, indices),
+            )
+            for member, indices in self._routed.by_shard(plan.entry).items()
+        ]
+        self._streams.talk(talks, waiting=f"the state of step {version} is on its way")
+        return gathering.state()
 
-        def frames() -> Iterator[bytes]:
-            yield leading_frame(begin)
-            if push is None:
-                return
-            if not first:
-                acknowledged.wait()  # a repeated push first hears whether it is needed
-            for frame in self._routing.gradient_frames(push.gradients, slices):
-                if complete.is_set():
-                    return
-                yield frame
+    def _compare_loaded(self, plan: Plan) -> None:
+        """Lets a worker that has loaded a state only into a job that has the same.
 
-        call = self._transport.push_pull(member.address, frames())
-        try:
-            self._register(call, begin.generation)
-            for data in call:
-                frame = read_frame(data)
-                if isinstance(frame.leading, Acknowledge):
-                    if frame.leading.complete:
-                        complete.set()
-                    acknowledged.set()
-                else:
-                    self._received(frame, begin)
-        finally:
-            call.cancel()
-            acknowledged.set()
-            with self._changed:
-                self._calls.discard(call)
-        if self._worker.behind(slices, begin.step):
-            raise ShardUnavailable(f"shard {member.id} at {member.address} ended a reply too early")
+        A job that began with it has its fingerprint. Another one may have come to the same state,
+        as when the worker that saved it has ended since and nobody has stepped the job.
 
-    def _received(self, frame: Frame, begin: Begin) -> None:
-        """Takes a record, or writes weights in place."""
+        Raises:
+            JobExists: the job has another state.
+            StaleGeneration: the generation has ended meanwhile.
+        """
+        lineage = plan.entry.lineage
+        if self._loaded is None or (lineage and lineage.fingerprint == self._fingerprint):
+            return
+        same = plan.base == self._loaded.version and (
+            self._pull_state(plan, plan.base).fingerprint() == self._fingerprint
+        )
+        if not same:
+            raise JobExists(
+                f"job {self.job!r} is at step {plan.base}, and its optimizer state is not the "
+                f"one of step {self._loaded.version} that was loaded",
+                job=self.job,
+            )
+        self._loaded = None
+
+    def _wait_change(self, generation: int, wait_s: float | None) -> None:
+        """Waits until a generation has ended, and not longer."""
         with self._changed:
-            self._worker.check(begin.generation)
-            if isinstance(frame.leading, Record):
-                self._worker.take_record(frame.leading, begin.step)
-            for run, buffer in frame.pieces():
-                self._worker.writes(run)
-                if run.count:
-                    self._unchanged &= self._routing.write(run, buffer)
-                self._worker.wrote(run, begin.step)
-
-    def _register(self, call: Call, generation: int) -> None:
-        with self._changed:
-            self._calls.add(call)
-            self._check(generation)
-
-    def _check(self, generation: int) -> None:
-        """Refuses to go on in a generation that has ended, or in a step that has failed."""
-        self._worker.check(generation)
-        if self._failed:
-            raise StaleGeneration("another stream of this step has failed")
-
-    def _fail(self) -> None:
-        """Ends all streams of this step, also those that have not begun."""
-        with self._changed:
-            self._failed = True
-            self._changed.notify_all()
-        self._cancel_calls()
-
-    def _cancel_calls(self) -> None:
-        with self._changed:
-            calls = list(self._calls)
-        for call in calls:
-            call.cancel()
-
-    def _gives_up(self, generation: int) -> bool:
-        return self._failed or self._is_over(generation)
+            self._changed.wait_for(lambda: self._is_over(generation), wait_s)
 
     def _is_over(self, generation: int) -> bool:
         plan = self._worker.plan
         return plan is None or plan.entry.generation != generation
+
+    @property
+    def _routed(self) -> Routing:
+        """The parameters along the placement; there from the first generation on."""
+        assert self._routing is not None
+        return self._routing
 
     # --- the control stream's thread ------------------------------------------------------------
 
@@ -391,6 +367,8 @@ class Session:
             spec=self.spec,
             on_existing=self._on_existing,
             generation=self._worker.promised,
+            version=self._loaded.version if self._loaded else 0,
+            fingerprint=self._fingerprint if self._loaded else "",
         )
         return Hello(
             id=self.id,
@@ -430,9 +408,13 @@ class Session:
     def _freeze(self, entry: Entry) -> None:
         with self._changed:
             answer = self._worker.freeze(entry)
+            if self._routing is None or self._routing.slices != self._worker.slices:
+                self._routing = Routing(
+                    entry.spec, self._parameters, reply_dtype=self._replies.dtype
+                )
             self._changed.notify_all()
         if self._worker.plan is None:
-            self._cancel_calls()
+            self._streams.cancel()
         self._attendance.send(answer)
 
     def _open(self, plan: Plan) -> None:
@@ -445,35 +427,19 @@ class Session:
     def _supply(self, plan: Plan) -> None:
         """Uploads what this worker is the source of, in a thread of its own."""
         wanted = self._worker.supplies(plan)
-        if wanted and not self._uploading:
-            self._uploading = True
-            self._threads.submit(self._upload_all, plan, wanted)
-
-    def _upload_all(self, plan: Plan, wanted: set[int]) -> None:
-        generation = plan.entry.generation
-        try:
-            for member, indices in self._routing.by_shard(plan.entry).items():
-                slices = [index for index in indices if index in wanted]
-                if slices:
-                    begin = UploadBegin(
-                        job=self.job,
-                        generation=generation,
-                        sender=self.id,
-                        receiver=member.id,
-                        version=plan.base,
-                    )
-                    self._upload(member, begin, slices)
-        except AdashardError as error:
-            log.debug("job %r: an upload failed, and is repeated when asked: %s", self.job, error)
-        finally:
-            self._uploading = False  # asked again, it is sent again
-
-    def _upload(self, member: Member, begin: UploadBegin, slices: list[int]) -> None:
-        def frames() -> Iterator[bytes]:
-            yield leading_frame(begin)
-            yield from self._routing.weight_frames(slices)
-
-        self._transport.upload(member.address, frames())
+        if not wanted or self._uploads.busy:
+            return
+        self._uploads.busy = True
+        placed = self._routed.by_shard(plan.entry).items()
+        by_shard = {member: [one for one in indices if one in wanted] for member, indices in placed}
+        slices = {member: indices for member, indices in by_shard.items() if indices}
+        loaded, routing = self._loaded, self._routed
+        frames = routing.weight_frames
+        if loaded is not None:
+            frames = partial(state_frames, loaded, self._parameters, routing.slices)
+        self._streams.start(
+            partial(self._uploads.send, plan, slices, frames, state=loaded is not None)
+        )
 
     def _end(self, error: AdashardError) -> None:
         with self._changed:
@@ -481,4 +447,9 @@ class Session:
                 self._ended = error
                 self._worker.plan = None  # nothing that is under way may go on
                 self._changed.notify_all()
-        self._cancel_calls()
+        self._streams.cancel()
+
+
+def _between_generations() -> Backoff:
+    """How long to wait for the next generation before looking again."""
+    return Backoff(math.inf, time.monotonic, first_s=0.01, longest_s=0.2)

@@ -14,32 +14,41 @@ from collections.abc import Iterable
 
 from adashard.wire.errors import Internal, InvalidFrame, StaleGeneration
 from adashard.wire.messages import Entry, Frozen, Plan, Record, Run, Stale, Standing
-from adashard.wire.placement import Slice
+from adashard.wire.placement import Slice, cut
+from adashard.wire.spec import JobSpec
 
 
 class Worker:
     """One worker in one job. Not thread-safe.
 
+    Args:
+        worker_id: new for every session.
+        job: its name.
+        loaded: stands for the steps before the optimizer state that the worker has loaded and
+            would begin the job with; None to begin it with fresh state.
+
     Attributes:
         version: the version of the weights that it holds whole; -1 for none of the job's.
-        record: that of the step `version`; None for a first version.
+        record: that of the step `version`; None for fresh weights.
         plan: of the open generation; None while frozen.
         entry: the newest generation it has promised.
+        slices: of the job, as that generation has it; none before the first.
     """
 
-    def __init__(self, worker_id: str, job: str, slices: tuple[Slice, ...]) -> None:
+    def __init__(self, worker_id: str, job: str, loaded: Record | None = None) -> None:
         self.id = worker_id
         self.job = job
+        self.slices: tuple[Slice, ...] = ()
         self.promised = 0
         self.version = -1
         self.record: Record | None = None
         self.plan: Plan | None = None
         self.entry: Entry | None = None
         self.leaving = False
-        self._slices = slices
+        self._loaded = loaded
         self._lineage = 0
         self._fresh = True
-        self._versions = [-1] * len(slices)
+        self._versions: list[int] = []
         self._came: dict[int, int] = {}  # elements of slices that are not whole yet
         self._incoming: Record | None = None
 
@@ -56,9 +65,11 @@ class Worker:
         if entry.generation < self.promised:
             return Stale(job=self.job, promised=self.promised)
         if entry.generation > self.promised:
+            if self.entry is None or self.entry.spec != entry.spec:
+                self._cut(entry.spec)
             self.promised, self.entry, self.plan = entry.generation, entry, None
             self._become_origin(entry)
-        held = tuple(range(len(self._slices))) if self._is_origin(entry) else ()
+        held = tuple(range(len(self.slices))) if self._is_origin(entry) else ()
         return Frozen(
             job=self.job,
             generation=self.promised,
@@ -85,7 +96,7 @@ class Worker:
             number = plan.entry.lineage.number if plan.entry.lineage else 0
             if number != self._lineage:
                 self._lineage, self.version, self.record = number, -1, None
-                self._versions = [-1] * len(self._slices)
+                self._versions = [-1] * len(self.slices)
             self.entry, self.plan, self._incoming = plan.entry, plan, None
             self._came.clear()
         return True
@@ -108,13 +119,19 @@ class Worker:
             leaving=self.leaving,
         )
 
+    def _cut(self, spec: JobSpec) -> None:
+        """What it held was cut in another way, if there was anything."""
+        self.slices = cut(spec)
+        self._lineage, self.version, self.record = 0, -1, None
+        self._versions = [-1] * len(self.slices)
+
     def _become_origin(self, entry: Entry) -> None:
-        """Where the lineage names this worker, its initial weights are the first version."""
+        """Where the lineage names this worker, what it begins with is the first version."""
         lineage = entry.lineage
         if lineage is not None and lineage.origin == self.id and self._fresh:
             self._lineage, self._fresh = lineage.number, False
-            self.version = lineage.base_version
-            self._versions = [lineage.base_version] * len(self._slices)
+            self.version, self.record = lineage.base_version, self._loaded
+            self._versions = [lineage.base_version] * len(self.slices)
 
     def _is_origin(self, entry: Entry) -> bool:
         lineage = entry.lineage
@@ -160,21 +177,21 @@ class Worker:
             InvalidFrame: they do not go on where the ones before ended, or a slice that is not
                 whole is said to be unchanged.
         """
-        if not 0 <= run.slice < len(self._slices):
-            raise InvalidFrame(f"there is no slice {run.slice}; the job has {len(self._slices)}")
+        if not 0 <= run.slice < len(self.slices):
+            raise InvalidFrame(f"there is no slice {run.slice}; the job has {len(self.slices)}")
         if run.count == 0 and self._versions[run.slice] < 0:
             raise InvalidFrame(f"slice {run.slice} is said to be unchanged, and is not whole here")
         if run.count == 0:
             return
         came = 0 if run.start == 0 else self._came.get(run.slice, 0)
-        if run.start != came or run.start + run.count > self._slices[run.slice].element_count:
+        if run.start != came or run.start + run.count > self.slices[run.slice].element_count:
             raise InvalidFrame(f"a reply goes on at element {came}, not so: {run}")
         self._versions[run.slice], self._fresh = -1, False
         self._came[run.slice] = came + run.count
 
     def wrote(self, run: Run, step: int) -> None:
         """They are written; a slice that is whole now, or was all the time, is at `step`."""
-        if run.count == 0 or self._came[run.slice] == self._slices[run.slice].element_count:
+        if run.count == 0 or self._came[run.slice] == self.slices[run.slice].element_count:
             self._came.pop(run.slice, None)
             self._versions[run.slice] = step
 

@@ -1,0 +1,98 @@
+"""Jobs and optimizer states of every kind, and a state on its way through shards."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from adashard.state import Gathering, State, moment_shapes, state_frames
+from adashard.wire.frames import read_frame
+from adashard.wire.messages import Content
+from adashard.wire.placement import cut
+from adashard.wire.spec import AdafactorLayout, FactoredAxes, Group, JobSpec, Parameter
+
+SHAPES = st.lists(st.integers(1, 9), max_size=4).map(tuple)
+LAYOUTS = st.builds(
+    AdafactorLayout,
+    factored_axes=st.sampled_from([FactoredAxes.LAST_TWO, FactoredAxes.LARGEST_TWO]),
+    min_dim_size_to_factor=st.integers(1, 4),
+    momentum=st.booleans(),
+)
+
+
+@st.composite
+def specs(draw: st.DrawFn, layouts: st.SearchStrategy[AdafactorLayout] = LAYOUTS) -> JobSpec:
+    """Up to four parameters in two groups, cut into nearly nothing."""
+    groups = draw(st.lists(layouts, min_size=2, max_size=2))
+    shapes = draw(st.lists(SHAPES, min_size=1, max_size=4))
+    return JobSpec(
+        parameters=tuple(
+            Parameter(name=f"p{n}", shape=shape, group=int(n >= 2))
+            for n, shape in enumerate(shapes)
+        ),
+        groups=tuple(Group(adafactor=layout) for layout in groups),
+        slice_bytes=draw(st.sampled_from([64, 100, 256])),
+        min_workers=1,
+    )
+
+
+def state_of(spec: JobSpec, version: int = 3, masters: tuple[int, ...] = ()) -> State:
+    """A state whose elements all differ, so that none can be in another's place."""
+    given = 0
+
+    def filled(shape: tuple[int, ...]) -> Tensor:
+        nonlocal given
+        first, given = given + 1, given + math.prod(shape)
+        return torch.arange(first, given + 1, dtype=torch.float32).view(shape)
+
+    return State(
+        version=version,
+        step_counts=tuple(index % (version + 1) for index in range(len(spec.parameters))),
+        moments=tuple(
+            {
+                content: filled(shape)
+                for content, shape in moment_shapes(
+                    one.shape, spec.groups[one.group].adafactor
+                ).items()
+            }
+            for one in spec.parameters
+        ),
+        masters={index: filled(spec.parameters[index].shape) for index in masters},
+    )
+
+
+def weights_of(spec: JobSpec) -> list[Tensor]:
+    return [torch.full(one.shape, -float(n + 1)) for n, one in enumerate(spec.parameters)]
+
+
+def gathered(state: State, spec: JobSpec, indices: list[int] | None = None) -> Gathering:
+    """A gathering that has got the slices of a state, as a shard that holds them sends them."""
+    slices = cut(spec)
+    indices = list(range(len(slices))) if indices is None else indices
+    gathering = Gathering(spec, state.version, masters=state.masters)
+    for data in state_frames(state, weights_of(spec), slices, indices):
+        gathering.receive(read_frame(data))
+    return gathering
+
+
+def tensors_of(state: State) -> dict[tuple[int, Content], Tensor]:
+    """All tensors of a state by name."""
+    found = {
+        (index, content): moment
+        for index, moments in enumerate(state.moments)
+        for content, moment in moments.items()
+    }
+    return found | {(index, Content.WEIGHT): one for index, one in state.masters.items()}
+
+
+def same(one: State, other: State) -> bool:
+    """Whether two states are equal bit for bit, masters included."""
+    mine, theirs = tensors_of(one), tensors_of(other)
+    return (
+        (one.version, one.step_counts) == (other.version, other.step_counts)
+        and mine.keys() == theirs.keys()
+        and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    )
