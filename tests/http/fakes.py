@@ -57,6 +57,7 @@ def a_shard(index=0, **changes):
             versions={"demo": 41},
             weight_bytes=2_600_000,
             state_bytes={"row": 4_500, "column": 6_000, "vector": 1_500},
+            refused_report_count=0,
         ),
         **changes,
     )

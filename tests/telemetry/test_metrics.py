@@ -29,6 +29,7 @@ def a_snapshot(jobs=("demo",), shards=(0,), workers=2, not_ready=()):
                 renewed_s_ago=0.5,
                 weight_bytes=4000,
                 state_bytes={"row": 10, "column": 20},
+                refused_report_count=2,
             )
             for index in shards
         ],
@@ -147,6 +148,7 @@ def test_the_cluster_is_shown_as_it_was_last_seen(metrics):
     assert value(metrics, "adashard_shard_up", shard="0") == 1
     assert value(metrics, "adashard_shard_up", shard="1") == 0
     assert value(metrics, "adashard_shard_state_bytes", shard="0") == 30
+    assert value(metrics, "adashard_shard_refused_reports_total", shard="0") == 2
     assert value(metrics, "adashard_global_step", job_name="demo") == 41
     assert value(metrics, "adashard_generation", job_name="demo") == 3
     assert value(metrics, "adashard_state_bytes", job_name="demo", kind="column") == 20

@@ -25,6 +25,7 @@ class ShardStatistics:
     versions: Mapping[str, int]
     weight_bytes: int
     state_bytes: Mapping[str, int]
+    refused_report_count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

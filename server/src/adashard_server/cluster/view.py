@@ -120,6 +120,7 @@ class CoordinatorView:
             },
             weight_bytes=sum(holding.weight_bytes for holding in holdings),
             state_bytes=state,
+            refused_report_count=sum(holding.refused_report_count for holding in holdings),
         )
 
     def _worker(self, member: str, contact: Contact, job: Membership) -> WorkerStatistics:

@@ -107,6 +107,9 @@ class Shard(Schema):
     bytes: Bytes = Field(description="Weights and optimizer state together.")
     weight_bytes: Bytes = Field(description="float32 weights.")
     state_bytes: ByKind
+    refused_report_count: int = Field(
+        description="Reports of other shards that it refused; a few where a generation changes."
+    )
 
     @classmethod
     def of(cls, shard: ShardStatistics) -> Shard:
@@ -125,6 +128,7 @@ class Shard(Schema):
             bytes=shard.weight_bytes + sum(shard.state_bytes.values()),
             weight_bytes=shard.weight_bytes,
             state_bytes=dict(shard.state_bytes),
+            refused_report_count=shard.refused_report_count,
         )
 
 

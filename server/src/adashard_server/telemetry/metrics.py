@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
@@ -64,6 +64,8 @@ class _Shard(Protocol):
     def weight_bytes(self) -> int: ...
     @property
     def state_bytes(self) -> Mapping[str, int]: ...
+    @property
+    def refused_report_count(self) -> int: ...
 
 
 class _Worker(Protocol):
@@ -301,3 +303,11 @@ def _of_shards(shards: Sequence[_Shard]) -> Iterator[Metric]:
     }
     for name, (text, read) in per_shard.items():
         yield _gauge(name, text, ("shard",), {(str(s.index),): read(s) for s in shards})
+    refused = CounterMetricFamily(
+        "adashard_shard_refused_reports",
+        "Reports of other shards that the shard refused; a few where a generation changes.",
+        labels=("shard",),
+    )
+    for shard in shards:
+        refused.add_metric((str(shard.index),), shard.refused_report_count)
+    yield refused
