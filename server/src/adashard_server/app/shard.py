@@ -26,6 +26,7 @@ from adashard.wire.messages import (
 )
 from adashard.wire.version import VERSION
 from adashard_server.config import ShardSettings, check_device
+from adashard_server.optim.compilation import compile_ahead
 from adashard_server.rpc.peer_client import GrpcExchange
 from adashard_server.rpc.shard_server import start_shard_server
 from adashard_server.shard.exchange import PeerExchange
@@ -77,6 +78,8 @@ class ShardProcess:
             AdashardError: the coordinator cannot be reached, or refuses.
         """
         settings = self._settings
+        if self._device == "cpu":
+            compile_ahead()
         self._server, port = start_shard_server(self.shard, settings.bind, settings.port)
         self.address = f"{settings.host}:{port}"
         self._ticker.start()

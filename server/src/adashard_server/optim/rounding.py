@@ -9,5 +9,5 @@ from torch import Tensor
 def rounded(
     values: Tensor, dtype: torch.dtype, *, seed: int, slice_index: int, step: int, first: int
 ) -> Tensor:
-    """Being written."""
-    raise NotImplementedError
+    """Being written: rounds to nearest for now."""
+    return values.to(dtype)
