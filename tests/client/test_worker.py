@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from tests.shard import jobs
 
 from adashard.wire.errors import Internal, InvalidFrame, StaleGeneration
-from adashard.wire.messages import Frozen, Outcome, Record, Run, Stale, Standing
+from adashard.wire.messages import (
+    Entry,
+    Frozen,
+    Lineage,
+    Outcome,
+    Record,
+    Run,
+    Stale,
+    Standing,
+)
+from adashard.wire.placement import cut
 from adashard.wire.spec import DType
 from adashard.worker import Worker
 
@@ -370,3 +380,49 @@ def test_a_step_without_any_record_keeps_the_one_before():
 
 def test_before_the_first_generation_nothing_is_counted():
     assert new().step_counts() == ()
+
+
+# --- slices come from the entry, and a loaded state with the worker ------------------------------
+
+
+def test_slices_are_cut_as_the_first_generation_says():
+    worker = new()
+    assert worker.slices == ()
+    finer = dataclasses.replace(entry(), spec=dataclasses.replace(SPEC, slice_bytes=64))
+    worker.freeze(finer)
+    assert worker.slices == cut(finer.spec)
+
+
+def test_what_was_cut_in_another_way_is_not_held_any_more():
+    worker = stepped(opened(), 1)
+    finer = dataclasses.replace(SPEC, parameters=SPEC.parameters[:2])
+    frozen = worker.freeze(dataclasses.replace(entry(2), spec=finer))
+    assert (frozen.slices, frozen.complete, worker.held([0, 1])) == ((), False, -1)
+    assert len(worker.slices) == 2
+
+
+def loaded(version: int = 7) -> Worker:
+    return Worker("w", jobs.JOB, record(version))
+
+
+def begun(origin: str = "w") -> Entry:
+    lineage = Lineage(number=1, origin=origin, base_version=7, fingerprint="f" * 64)
+    return dataclasses.replace(entry(origin=origin), lineage=lineage)
+
+
+def test_the_origin_of_a_loaded_state_holds_its_version_and_its_record():
+    worker = loaded()
+    frozen = worker.freeze(begun())
+    assert (frozen.slices, frozen.versions) == ((0, 1, 2), (7, 7, 7))
+    assert (frozen.record, frozen.complete, frozen.fresh) == (record(7), True, False)
+    assert (worker.version, worker.step_counts()) == (7, (7, 7, 7))
+    worker.open(jobs.plan(begun(), 7, record(7)))
+    stepped(worker, 8)
+    assert worker.record == record(8)
+
+
+def test_a_worker_that_has_loaded_a_state_and_joins_holds_nothing_yet():
+    worker = loaded()
+    frozen = worker.freeze(begun(origin="x"))
+    assert (frozen.slices, frozen.record, frozen.fresh) == ((), None, True)
+    assert worker.version == -1

@@ -14,7 +14,7 @@ from adashard.wire.errors import (
     Overloaded,
     UnsupportedParameter,
 )
-from adashard.wire.messages import Member, OnExisting, WorkerHello
+from adashard.wire.messages import Lineage, Member, OnExisting, WorkerHello
 from adashard.wire.placement import CLUSTER_DEFAULT, WORKERS_MAX
 from adashard.wire.spec import AdafactorLayout, Group, JobSpec, Parameter
 from adashard_server.cluster.jobs import (
@@ -23,8 +23,9 @@ from adashard_server.cluster.jobs import (
     check_name,
     new_entry,
     new_spec,
+    offer_of,
 )
-from adashard_server.cluster.membership import Membership, Phase
+from adashard_server.cluster.membership import FRESH, Membership, Phase, Start
 
 SPEC = JobSpec(
     parameters=(Parameter(name="weight", shape=(4, 3)),),
@@ -126,3 +127,103 @@ def test_a_job_has_a_largest_number_of_workers():
     full = a_job(*(f"w{n}" for n in range(WORKERS_MAX)))
     with pytest.raises(Overloaded, match=str(WORKERS_MAX)):
         check_join(full, a_hello())
+
+
+def test_slices_that_the_cluster_s_size_makes_too_many_are_refused():
+    large = replace(SPEC, parameters=(Parameter(name="large", shape=(1 << 26, 4)),))
+    undecided = a_hello(spec=replace(large, slice_bytes=CLUSTER_DEFAULT))
+    assert new_spec(undecided, 1 << 20).slice_bytes == 1 << 20
+    with pytest.raises(InvalidRequest, match="slices"):
+        new_spec(undecided, 64)
+
+
+# --- workers that have loaded a state ------------------------------------------------------------
+
+A, B = "a" * 64, "b" * 64
+
+
+def loaded(
+    fingerprint: str, version: int = 10, on_existing: OnExisting = OnExisting.RESUME
+) -> WorkerHello:
+    return replace(a_hello(on_existing), version=version, fingerprint=fingerprint)
+
+
+def begun(*workers: str, fingerprint: str = "", base: int = 0, stands_at: int = 0) -> Membership:
+    """A job that has begun, and stands at a step."""
+    membership = a_job(*workers)
+    lineage = Lineage(number=5, origin="w0", base_version=base, fingerprint=fingerprint)
+    shards = (Member(id="shard-0"),)
+    membership.entry = replace(membership.entry, lineage=lineage, shards=shards, opened=True)
+    membership.versions["shard-0"] = stands_at
+    return membership
+
+
+def waiting(*hellos: WorkerHello) -> Membership:
+    """A job that has not begun, and the workers that wait for others."""
+    membership = Membership(new_entry(hellos[0], 0, 8192), "c")
+    for number, hello in enumerate(hellos):
+        membership.join(f"w{number}", offer_of(hello))
+    return membership
+
+
+def test_what_a_worker_would_begin_with_is_in_its_hello():
+    assert offer_of(a_hello()) == FRESH
+    assert offer_of(loaded(A)) == Start(10, A)
+
+
+@pytest.mark.parametrize(
+    ("version", "fingerprint"), [(0, A), (-1, A), (3, ""), (3, "x"), (3, A + A)]
+)
+def test_a_state_that_cannot_have_been_loaded_is_refused(version: int, fingerprint: str):
+    with pytest.raises(InvalidRequest, match="cannot have been loaded"):
+        check_join(begun(), loaded(fingerprint, version))
+
+
+def test_workers_that_have_loaded_the_same_state_join_each_other():
+    assert check_join(waiting(loaded(A)), loaded(A)) is False
+    assert check_join(begun("w0", fingerprint=A, base=10, stands_at=15), loaded(A)) is False
+
+
+def test_a_fresh_worker_joins_whatever_the_job_has_begun_with():
+    assert check_join(waiting(loaded(A)), a_hello()) is False
+    assert check_join(begun("w0", fingerprint=A, base=10, stands_at=15), a_hello()) is False
+
+
+def test_a_worker_that_has_loaded_a_state_joins_fresh_ones_that_still_wait():
+    assert check_join(waiting(a_hello()), loaded(A)) is False
+
+
+@pytest.mark.parametrize(
+    ("membership", "standing"),
+    [
+        (waiting(loaded(B, 7)), 7),
+        (waiting(a_hello(), loaded(B)), 10),
+        (begun("w0", stands_at=12), 12),
+        (begun(stands_at=12), 12),
+        (begun("w0", fingerprint=B, base=7, stands_at=9), 9),
+        (begun("w0", fingerprint=B, base=7, stands_at=-1), 7),
+    ],
+    ids=["waits", "waits too", "fresh", "fresh without workers", "loaded", "not yet open"],
+)
+def test_another_state_than_the_job_s_is_refused_with_both_steps_and_the_remedy(
+    membership: Membership, standing: int
+):
+    with pytest.raises(JobExists, match=f"at step {standing}, .* of step 10") as raised:
+        check_join(membership, loaded(A))
+    assert "on_existing='replace'" in raised.value.remedy
+    assert raised.value.facts == {"job": "job", "version": str(standing), "loaded": "10"}
+
+
+def test_a_job_at_the_version_of_a_loaded_state_may_have_come_to_it():
+    """The worker compares; nobody else can."""
+    assert check_join(begun(stands_at=10), loaded(A)) is False
+    assert check_join(begun("w0", fingerprint=B, base=7, stands_at=10), loaded(A)) is False
+
+
+def test_of_workers_that_replace_a_job_by_one_state_the_first_does_and_the_others_join():
+    replaces = loaded(A, on_existing=OnExisting.REPLACE)
+    assert check_join(begun(fingerprint=A, base=10, stands_at=15), replaces) is True
+    assert check_join(begun("w0", fingerprint=A, base=10, stands_at=10), replaces) is False
+    assert check_join(waiting(loaded(A)), replaces) is False
+    with pytest.raises(JobExists, match="1 live workers"):
+        check_join(begun("w0", fingerprint=B, base=10, stands_at=10), replaces)

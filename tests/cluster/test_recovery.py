@@ -135,6 +135,20 @@ def test_the_first_version_has_no_record():
     assert plan == Plan(entry=entry, base=0, sources=(Source(slice=0, member="w0", version=0),))
 
 
+def test_a_loaded_version_has_the_record_that_its_origin_made():
+    entry = an_entry([0, 1], workers=["w0"])
+    stands_for = a_record(10, ())
+    answers = {
+        "s0": an_answer(),
+        "s1": an_answer(),
+        "w0": an_answer({0: 10, 1: 10}, record=stands_for),
+    }
+    plan = reconcile(entry, answers)
+    assert isinstance(plan, Plan)
+    assert (plan.base, plan.record) == (10, stands_for)
+    assert [source.member for source in plan.sources] == ["w0", "w0"]
+
+
 def test_a_shard_is_preferred_to_a_worker_as_source_and_the_lowest_rank_among_workers():
     entry = an_entry([0, 0], workers=["w0", "w1"])
     answers = {

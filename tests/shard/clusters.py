@@ -1,4 +1,4 @@
-"""Several `Rounds` with a network between them, all in the test's hand: no tensor, no thread."""
+"""Several `Rounds` with a network between them, all in the test's hand: no thread, no gradient."""
 
 from __future__ import annotations
 
@@ -6,22 +6,41 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 
+import torch
 from tests.shard import jobs
 
-from adashard.wire.messages import Begin, Entry, Plan, Record, Report
+from adashard.wire.messages import Begin, Entry, Exchange, Plan, Record, Report
 from adashard.wire.placement import Slice
-from adashard_server.shard.instructions import Add, Committed, Instruction, Measure, Send, Wait
+from adashard_server.optim.partials import Partial, alone
+from adashard_server.shard.instructions import (
+    Add,
+    Committed,
+    Instruction,
+    Measure,
+    Refuse,
+    Send,
+    Wait,
+)
+from adashard_server.shard.partials import Finding, packed, short_count
+from adashard_server.shard.records import bit
 from adashard_server.shard.rounds import Rounds
 
 
 class Node:
-    """One shard's rounds; notes who was added to each element instead of adding numbers."""
+    """One shard's rounds; notes who was added to each element instead of adding numbers.
+
+    Args:
+        name: the shard.
+        square: the squared sum that a slice is measured to have.
+    """
 
     def __init__(self, name: str, square: Callable[[int], float] = float) -> None:
         self.rounds = Rounds(name)
         self.sums: dict[int, list[list[str]]] = {}
         self.records: list[Record] = []
         self.sent: list[Send] = []
+        self.measured: list[Measure] = []
+        self.refused: list[Refuse] = []
         self.square = square
 
     def open(self, plan: Plan, *, upload: bool = True) -> None:
@@ -55,18 +74,20 @@ class Node:
         if self.begin(begin):
             return
         for index in self.rounds.mine:
-            if begin.present[index >> 3] >> (index & 7) & 1:
-                count = self.rounds.slices[index].element_count
-                assert self.push(begin, index, 0, count)
+            piece = self.rounds.slices[index]
+            if bit(begin.present, piece.parameter):
+                assert self.push(begin, index, 0, piece.element_count)
 
     def carry_out(self, instructions: Sequence[Instruction]) -> None:
         for instruction in instructions:
             match instruction:
-                case Measure(slices=slices):
-                    squares = {index: self.square(index) for index in slices}
-                    self.carry_out(self.rounds.measured(squares))
+                case Measure():
+                    self.measured.append(instruction)
+                    self.carry_out(self.rounds.measured(instruction, self._findings(instruction)))
                 case Send():
                     self.sent.append(instruction)
+                case Refuse():
+                    self.refused.append(instruction)
                 case Committed(record=record):
                     self.records.append(record)
 
@@ -74,6 +95,12 @@ class Node:
         """Every slice takes the step that it owes."""
         for index in self.rounds.owed:
             self.rounds.applied(index)
+
+    def _findings(self, measure: Measure) -> dict[int, Finding]:
+        return {
+            index: found(self.rounds.slices[index], measure.exchange, self.square(index))
+            for index in measure.slices
+        }
 
     def _add(self, worker: str, index: int, add: Add) -> None:
         count = self.rounds.slices[index].element_count
@@ -113,7 +140,7 @@ class Cluster:
         receiver, report, asker = self.flying[index] if keep else self.flying.pop(index)
         node = self.nodes[receiver]
         node.carry_out(node.rounds.exchange(report))
-        own = node.rounds.own_report(report.step) if asker else None
+        own = node.rounds.own_report(report.step, report.exchange) if asker else None
         if own and asker:
             self.flying.append((asker, own, None))
         self.collect_sent()
@@ -126,6 +153,24 @@ class Cluster:
     @property
     def records(self) -> list[list[Record]]:
         return [node.records for node in self.nodes.values()]
+
+
+def found(piece: Slice, exchange: Exchange, square: float) -> Finding:
+    """What a slice might find out: numbers of its own, whose sums depend on their order."""
+    if exchange is Exchange.NORM or not piece.split:
+        return Finding(square)
+    if exchange is Exchange.CLAMPED:
+        return Finding(0.0, packed(piece.index, 1, alone(0.0, 0.7 * piece.index)))
+    numbers = torch.Generator().manual_seed(piece.index)
+    squares, ratios = torch.rand(2, short_count(piece), generator=numbers)
+    partial = Partial(
+        weight_squared_sum=0.1 * piece.index,
+        update_squared_sum=0.3 * piece.index,
+        least=1.0 + piece.index,
+        squares=squares,
+        ratios=ratios,
+    )
+    return Finding(square, packed(piece.index, 1, partial))
 
 
 def pieces(piece: Slice, chooser: random.Random) -> list[tuple[int, int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from adashard.wire.messages import (
     AdafactorStep,
@@ -16,19 +17,22 @@ from adashard.wire.messages import (
     Schedule,
     Source,
 )
-from adashard.wire.spec import AdafactorLayout, DType, Group, JobSpec, Parameter
+from adashard.wire.placement import DEFAULT_SLICE_BYTES, cut
+from adashard.wire.spec import AdafactorLayout, Group, JobSpec, Parameter
 
 JOB = "job"
 
 
-def spec(*shapes: tuple[int, ...]) -> JobSpec:
-    """A job with a parameter of each shape."""
+def spec(
+    *shapes: tuple[int, ...], slice_bytes: int = DEFAULT_SLICE_BYTES, **layout: Any
+) -> JobSpec:
+    """A job with a parameter of each shape, in one group of this layout."""
     return JobSpec(
         parameters=tuple(
             Parameter(name=f"p{index}", shape=shape) for index, shape in enumerate(shapes)
         ),
-        groups=(Group(adafactor=AdafactorLayout()),),
-        slice_bytes=4 << 20,
+        groups=(Group(adafactor=AdafactorLayout(**layout)),),
+        slice_bytes=slice_bytes,
         min_workers=1,
     )
 
@@ -46,7 +50,7 @@ def entry(
 ) -> Entry:
     """A generation; a worker's rank is the place of its name in the alphabet."""
     if placement is None:
-        placement = [index % len(shards) for index in range(len(job.parameters))]
+        placement = [index % len(shards) for index in range(len(cut(job)))]
     return Entry(
         job=JOB,
         generation=generation,
@@ -77,10 +81,11 @@ def bits(present: Collection[int], count: int) -> bytes:
     return sum(1 << index for index in present).to_bytes((count + 7) // 8, "little")
 
 
-def group_step(counts: Collection[int] = range(1, 10), *, lr: float = 0.0) -> GroupStep:
+def group_step(counts: Collection[int] = range(1, 10), **settings: Any) -> GroupStep:
     """Settings for every step count that a short test reaches."""
+    defaults = {"eps1": 1e-30, "eps2": 1e-3, "clip_threshold": 1.0}
     return GroupStep(
-        adafactor=AdafactorStep(eps1=1e-30, eps2=1e-3, clip_threshold=1.0, lr=lr),
+        adafactor=AdafactorStep(**(defaults | settings)),
         schedules=tuple(
             Schedule(step_count=count, beta2=1.0 - count**-0.8, rho=0.01) for count in counts
         ),
@@ -95,11 +100,9 @@ def begin(
     receiver: str = "s0",
     push: bool = True,
     present: Collection[int] | None = None,
-    share: float = 1.0,
-    version: int = -1,
-    dtypes: tuple[DType, ...] = (DType.FLOAT32,),
-    slices: tuple[int, ...] = (),
+    sparse: Collection[int] = (),
     groups: tuple[GroupStep, ...] | None = None,
+    **others: Any,
 ) -> Begin:
     """A push, of all parameters unless `present` says otherwise, or a pull."""
     count = len(entry.spec.parameters)
@@ -110,10 +113,8 @@ def begin(
         receiver=receiver,
         step=step,
         push=push,
-        version=version,
         present=bits(range(count) if present is None else present, count) if push else b"",
-        share=share,
-        groups=(group_step(),) if groups is None else groups,
-        dtypes=dtypes,
-        slices=slices,
+        sparse=bits(sparse, count) if sparse else b"",
+        groups=(group_step(),) * len(entry.spec.groups) if groups is None else groups,
+        **others,
     )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 from tests.shard import jobs
-from tests.shard.tables import (
-    Table,
-)
+from tests.shard.tables import Table
 
 SPEC = jobs.spec((4, 3), (5,), ())
 
@@ -19,10 +17,12 @@ def values(seed: int, scale: float = 1.0) -> dict[int, torch.Tensor]:
     }
 
 
-def opened(names=("s0",), **options) -> Table:
+def opened(names=("s0",), *, early_bytes_max: int | None = None, **options) -> Table:
     """Shards that hold the weights of `values(0)` at version 0 and collect step 1."""
     table = Table(names)
     table.open(jobs.plan(jobs.entry(SPEC, shards=names, **options)), values(0))
+    if early_bytes_max is not None:
+        table.leave_room(early_bytes_max)
     return table
 
 
@@ -33,7 +33,10 @@ def equal(one, other) -> bool:
 
 
 def in_rank_order(*gradients, shares):
-    """The mean as a shard forms it: added in float32, one after the other, then divided."""
+    """The mean as a shard forms it: added in float32, one after the other, then divided.
+
+    The shares add up to a power of two, by which a shard divides no worse than this does.
+    """
     total = {index: one * shares[0] for index, one in gradients[0].items()}
     for gradient, share in zip(gradients[1:], shares[1:], strict=True):
         for index, one in gradient.items():

@@ -16,6 +16,7 @@ from adashard.wire.frames import read_frame
 from adashard.wire.messages import (
     Acknowledge,
     Begin,
+    Content,
     Entry,
     Freeze,
     Frozen,
@@ -28,13 +29,14 @@ from adashard.wire.messages import (
     StepSummary,
     UploadBegin,
 )
-from adashard.wire.spec import DType
-from adashard.wire.tensors import as_buffer, from_buffer, torch_dtype
+from adashard.wire.tensors import as_buffer, from_buffer, torch_dtype, wire_dtype
+from adashard_server.shard.early import EarlyRuns
 from adashard_server.shard.engine import Engine
 from adashard_server.shard.exchange import MemoryExchange, PeerExchange
 from adashard_server.shard.shard import Shard
 
 Weights = dict[int, Tensor]
+States = dict[int, dict[Content, Tensor]]
 JOIN_S = 60.0  # a test that waits longer hangs
 
 
@@ -50,6 +52,7 @@ class Reply:
     record: Record | None
     weights: Weights
     unchanged: list[int]
+    states: States = field(default_factory=dict)
 
 
 class Table:
@@ -80,31 +83,39 @@ class Table:
     def plan(self, plan: Plan) -> list[Planned | None]:
         return [shard.handle(PlanRequest(plan=plan)) for shard in self.shards.values()]
 
-    def open(self, plan: Plan, weights: Weights | None = None) -> None:
+    def open(
+        self, plan: Plan, weights: Weights | None = None, states: States | None = None
+    ) -> None:
         """All of a change of generation; `weights` are uploaded where a shard lacks them."""
         self.entry = plan.entry
         self.freeze(plan.entry)
         for shard, planned in zip(self.shards.values(), self.plan(plan), strict=True):
             if planned is None:
                 assert weights is not None
-                self.upload(shard, plan, weights)
+                self.upload(shard, plan, weights, states)
         for shard in self.shards.values():
             shard.handle(Open(plan=plan))
 
-    def upload(self, shard: Shard, plan: Plan, weights: Weights) -> None:
+    def upload(
+        self, shard: Shard, plan: Plan, weights: Weights, states: States | None = None
+    ) -> None:
+        """Uploads what is placed on a shard, with its optimizer state if there is any."""
         begin = UploadBegin(
             job=jobs.JOB,
             generation=plan.entry.generation,
             sender="a",
             receiver=shard.id,
             version=plan.base,
+            state=states is not None,
         )
         engine = shard.upload(begin)
         upload = engine.upload(begin, alive)
         done = False
         for index, weight in weights.items():
             if self.owner(index, plan.entry) == shard.id:
-                done = engine.upload_piece(upload, begin, *piece(index, weight))
+                done = engine.upload_piece(upload, *piece(index, weight))
+                for content, tensor in (states or {}).get(index, {}).items():
+                    done = engine.upload_piece(upload, *piece(index, tensor, content=content))
         shard.uploaded(begin, done)
 
     def owner(self, index: int, entry: Entry | None = None) -> str:
@@ -118,6 +129,11 @@ class Table:
         begin = UploadBegin(job=jobs.JOB, generation=0, sender="", receiver=name, version=0)
         return self.shards[name].upload(begin)
 
+    def leave_room(self, early_bytes_max: int) -> None:
+        """How many bytes of frames that come before their turn each shard may keep."""
+        for name in self.shards:
+            self.engine(name)._early = EarlyRuns(early_bytes_max)
+
     def step(self, begin: Begin, gradients: Weights, borders: Sequence[int] = ()) -> Reply:
         """One worker's step, with a thread for each shard."""
         replies: dict[str, Reply] = {}
@@ -130,14 +146,22 @@ class Table:
         together(*(lambda name=name: talk(name) for name in self.shards))
         weights = {i: w for reply in replies.values() for i, w in reply.weights.items()}
         first = next(iter(replies.values()))
+        states = {i: s for reply in replies.values() for i, s in reply.states.items()}
         unchanged = [index for reply in replies.values() for index in reply.unchanged]
-        return Reply(first.acknowledge, first.record, weights, unchanged)
+        return Reply(first.acknowledge, first.record, weights, unchanged, states)
 
 
-def piece(index: int, values: Tensor, start: int = 0, stop: int | None = None):
-    """A run of a slice, and its bytes."""
+def piece(
+    index: int,
+    values: Tensor,
+    start: int = 0,
+    stop: int | None = None,
+    content: Content = Content.WEIGHT,
+) -> tuple[Run, memoryview]:
+    """A run of a slice or of its state, and its bytes."""
     flat = values.reshape(-1)[start:stop].contiguous()
-    run = Run(slice=index, start=start, count=flat.numel(), dtype=DType.FLOAT32)
+    dtype = wire_dtype(flat.dtype)
+    run = Run(slice=index, start=start, count=flat.numel(), dtype=dtype, content=content)
     return run, as_buffer(flat)
 
 
@@ -169,9 +193,12 @@ def read(acknowledge: Acknowledge, record: Record | None, frames: Iterator[bytes
             if run.count == 0:
                 reply.unchanged.append(run.slice)
                 continue
-            before = reply.weights.get(run.slice, torch.empty(0, dtype=torch_dtype(run.dtype)))
+            tensors = reply.states.setdefault(run.slice, {})
+            before = tensors.get(run.content, torch.empty(0, dtype=torch_dtype(run.dtype)))
             assert run.start == before.numel()
-            reply.weights[run.slice] = torch.cat([before, from_buffer(buffer, run.dtype)])
+            tensors[run.content] = torch.cat([before, from_buffer(buffer, run.dtype)])
+    for index, tensors in reply.states.items():
+        reply.weights[index] = tensors.pop(Content.WEIGHT)
     return reply
 
 

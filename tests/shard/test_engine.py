@@ -30,12 +30,12 @@ from adashard_server.shard import engine as engine_module
 borders = st.lists(st.integers(1, 11), max_size=3)
 
 
-@given(borders, borders, st.sampled_from([1, 2, 3]), st.booleans())
+@given(borders, borders, st.sampled_from([1, 2, 3]), st.booleans(), st.sampled_from([0, 20, 999]))
 def test_pushes_of_two_threads_give_the_bits_of_their_sum_in_rank_order(
-    first, second, shards, turned
+    first, second, shards, turned, room
 ):
-    table = opened([f"s{n}" for n in range(shards)], workers="ab")
-    gradients, shares = (values(1), values(2, scale=1e4)), (0.3, 2.0)
+    table = opened([f"s{n}" for n in range(shards)], workers="ab", early_bytes_max=room)
+    gradients, shares = (values(1), values(2, scale=1e4)), (0.5, 1.5)
     expected = alone(in_rank_order(*gradients, shares=shares))
 
     def worker(rank: int, cuts: list[int]):
@@ -50,7 +50,7 @@ def test_pushes_of_two_threads_give_the_bits_of_their_sum_in_rank_order(
 
 
 def test_a_higher_rank_that_comes_first_waits_for_its_turn():
-    table = opened(workers="ab")
+    table = opened(workers="ab", early_bytes_max=0)
     engine = table.engine()
     order: list[str] = []
     first, second = (jobs.begin(table.entry, worker) for worker in "ab")
@@ -110,7 +110,7 @@ def test_a_push_that_was_broken_off_goes_on_where_it_was():
 
 
 def test_a_newer_stream_of_a_worker_ends_the_older_wherever_it_waits():
-    table = opened(workers="ab")
+    table = opened(workers="ab", early_bytes_max=0)
     engine, (older, newer) = table.engine(), (jobs.begin(table.entry, "b") for _ in range(2))
     engine.begin(older)
 
@@ -148,7 +148,7 @@ def test_a_stream_that_waits_for_the_round_ends_with_a_newer_one():
 
 def test_who_waits_for_others_notices_that_its_caller_has_gone(monkeypatch):
     monkeypatch.setattr(engine_module, "_LOOK_UP_S", 0.001)
-    table = opened(workers="ab")
+    table = opened(workers="ab", early_bytes_max=0)
     engine, begin = table.engine(), jobs.begin(table.entry, "b")
     engine.begin(begin)
     with pytest.raises(StaleGeneration, match="the caller has gone"):

@@ -80,23 +80,23 @@ def test_a_freeze_waits_until_no_slice_is_worked_on(monkeypatch):
     later = jobs.entry(SPEC, generation=2)
     happened: list[str] = []
     threads: list[threading.Thread] = []
-    original = SliceStore.squared_sum
+    original = SliceStore.measure
 
     def freeze(waits):
         engine.freeze(later)
         happened.append("frozen")
         waits.began.release()
 
-    def measured(store, index):
+    def measured(*arguments):
         thread = threading.Thread(target=freeze, args=(waits,), daemon=True)
         thread.start()
         threads.append(thread)
         waits.one()
         happened.append("measured")
-        monkeypatch.setattr(SliceStore, "squared_sum", original)
-        return original(store, index)
+        monkeypatch.setattr(SliceStore, "measure", original)
+        return original(*arguments)
 
-    monkeypatch.setattr(SliceStore, "squared_sum", measured)
+    monkeypatch.setattr(SliceStore, "measure", measured)
     begin = jobs.begin(table.entry, "a", present=[0])
     with watched(engine) as waits:
         engine.begin(begin)
@@ -115,17 +115,17 @@ def test_sums_that_still_hold_after_a_change_are_not_sent_again():
     table.open(jobs.plan(later))
     engine = table.engine()
     assert engine.begin(jobs.begin(later, "a")).complete
-    for worker, seed in (("b", 2), ("c", 3)):
-        begin = jobs.begin(later, worker, version=0)
+    for worker, seed, share in (("b", 2, 1.0), ("c", 3, 2.0)):
+        begin = jobs.begin(later, worker, version=0, share=share)
         engine.begin(begin)
         push(engine, begin, values(seed))
     reply = talked(table.shards["s0"], jobs.begin(later, "a"))
-    expected = alone(in_rank_order(values(1), values(2), values(3), shares=(1.0,) * 3))
+    expected = alone(in_rank_order(values(1), values(2), values(3), shares=(1.0, 1.0, 2.0)))
     assert equal(reply.weights, expected)
 
 
 def test_a_worker_that_dies_half_way_releases_the_others():
-    table = opened(workers="ab")
+    table = opened(workers="ab", early_bytes_max=0)
     engine = table.engine()
     later = jobs.entry(SPEC, generation=2, workers="b")
     opened_again = threading.Event()
@@ -192,7 +192,7 @@ def uploading(table: Table, plan):
     begin = UploadBegin(
         job=jobs.JOB, generation=plan.entry.generation, sender="a", receiver="s0", version=0
     )
-    return begin, table.engine().upload(begin, alive)
+    return table.engine().upload(begin, alive)
 
 
 def test_an_upload_that_is_repeated_when_its_shard_has_all_tears_nothing():
@@ -201,11 +201,11 @@ def test_an_upload_that_is_repeated_when_its_shard_has_all_tears_nothing():
     table.freeze(plan.entry)
     table.plan(plan)
     table.upload(table.shards["s0"], plan, values(0))
-    begin, upload = uploading(table, plan)
-    table.engine().upload_piece(upload, begin, *piece(0, values(0)[0], 0, 3))
+    upload = uploading(table, plan)
+    table.engine().upload_piece(upload, *piece(0, values(0)[0], 0, 3))
     table.open(plan)
     with pytest.raises(StaleGeneration):
-        table.engine().upload_piece(upload, begin, *piece(0, values(0)[0], 3, 12))
+        table.engine().upload_piece(upload, *piece(0, values(0)[0], 3, 12))
     reply = table.step(jobs.begin(plan.entry, "a", 0, push=False), {})
     assert equal(reply.weights, values(0))
 
@@ -216,13 +216,13 @@ def test_two_uploads_of_a_slice_at_once_do_not_write_into_each_other():
     table.freeze(plan.entry)
     table.plan(plan)
     engine = table.engine()
-    (begin, older), (_, newer) = uploading(table, plan), uploading(table, plan)
-    engine.upload_piece(older, begin, *piece(0, values(0)[0], 0, 6))
-    engine.upload_piece(newer, begin, *piece(0, values(0)[0], 0, 3))
-    engine.upload_piece(older, begin, *piece(0, values(0)[0], 6, 12))
-    engine.upload_piece(older, begin, *piece(1, values(0)[1]))
-    assert engine.upload_piece(older, begin, *piece(2, values(0)[2]))
-    assert engine.upload_piece(newer, begin, *piece(0, values(0)[0], 3, 12))
+    older, newer = uploading(table, plan), uploading(table, plan)
+    engine.upload_piece(older, *piece(0, values(0)[0], 0, 6))
+    engine.upload_piece(newer, *piece(0, values(0)[0], 0, 3))
+    engine.upload_piece(older, *piece(0, values(0)[0], 6, 12))
+    engine.upload_piece(older, *piece(1, values(0)[1]))
+    assert engine.upload_piece(older, *piece(2, values(0)[2]))
+    assert engine.upload_piece(newer, *piece(0, values(0)[0], 3, 12))
     table.open(plan)
     reply = table.step(jobs.begin(plan.entry, "a", 0, push=False), {})
     assert equal(reply.weights, values(0))
@@ -242,9 +242,9 @@ def test_an_upload_that_does_not_fit_its_slice_is_refused(run, size):
     plan = jobs.plan(jobs.entry(SPEC), sources=True)
     table.freeze(plan.entry)
     table.plan(plan)
-    begin, upload = uploading(table, plan)
+    upload = uploading(table, plan)
     with pytest.raises(InvalidFrame):
-        table.engine().upload_piece(upload, begin, run, memoryview(bytes(size)))
+        table.engine().upload_piece(upload, run, memoryview(bytes(size)))
 
 
 def test_a_job_that_is_replaced_by_another_model_begins_anew():

@@ -10,7 +10,7 @@ from tests.shard.clusters import Cluster, Node
 from tests.shard.pushers import COUNTS, SPEC, Pusher, act_until_done, dice, opened, presences
 
 from adashard.wire.errors import StaleGeneration
-from adashard.wire.messages import Frozen, FullSums, Outcome, Stale
+from adashard.wire.messages import Exchange, Frozen, FullSums, Outcome, Stale
 from adashard_server.shard.instructions import Add, Wait
 
 # --- sums ----------------------------------------------------------------------------------------
@@ -185,7 +185,8 @@ def test_full_sums_are_told_at_a_freeze_and_taken_with_the_record_of_the_plan():
     cluster = Cluster(entry)
     late, done = cluster.nodes.values()
     cluster.push_all()
-    done.carry_out(done.rounds.exchange(late.rounds.own_report(1)))
+    report = late.rounds.own_report(1, Exchange.PARTIALS)
+    done.carry_out(done.rounds.exchange(report))
     (record,) = done.records
     assert late.records == []
     done.rounds.applied(1)

@@ -13,28 +13,59 @@ from tests.shard.clusters import Cluster, Node
 from tests.shard.pushers import SHAPES, SPEC, dice, opened, presences
 
 from adashard.wire.errors import InvalidFrame, InvalidRequest, StaleGeneration
-from adashard.wire.messages import AdafactorStep, Frozen, FullSums, GroupStep, Outcome, Report
-from adashard.wire.spec import DType, WeightDecayMode
-from adashard_server.shard.instructions import Send
-from adashard_server.shard.records import bit, form_record, present_in_any
+from adashard.wire.messages import (
+    AdafactorStep,
+    Entry,
+    Exchange,
+    Frozen,
+    FullSums,
+    GroupStep,
+    Outcome,
+    Report,
+)
+from adashard.wire.placement import Node as Subtree
+from adashard.wire.placement import cut
+from adashard.wire.spec import DType, EpsPlacement, Rounding, WeightDecayMode
+from adashard_server.shard.instructions import Measure, Send
+from adashard_server.shard.partials import Finding
+from adashard_server.shard.records import bit, completed, draft_record, present_in_any, skipped
 from adashard_server.shard.rounds import Rounds
 
 # --- reports and the commit ----------------------------------------------------------------------
 
-clusters = st.integers(1, 4).map(
-    lambda count: jobs.entry(
-        jobs.spec(*SHAPES, (2, 2)), workers="ab", shards=[f"s{n}" for n in range(count)]
+
+
+@st.composite
+def entries(draw) -> Entry:
+    """Generations of a job whose larger parameters may be cut, placed anyhow."""
+    count = draw(st.integers(1, 4))
+    job = jobs.spec(
+        *SHAPES,
+        (2, 20),
+        (33,),
+        slice_bytes=draw(st.sampled_from([64, 1 << 20])),
+        eps_placement=draw(st.sampled_from([EpsPlacement.ADDED, EpsPlacement.CLAMPED])),
     )
-)
+    placement = draw(st.lists(st.integers(0, count - 1), min_size=9, max_size=9))
+    return jobs.entry(
+        job,
+        workers="ab",
+        shards=[f"s{n}" for n in range(count)],
+        placement=placement[: len(cut(job))],
+    )
 
 
-@given(clusters, dice, st.integers(1, 3))
+bounds = st.sampled_from([0.0, 3.0])
+
+
+@given(entries(), dice, st.integers(1, 3), bounds)
 def test_all_shards_commit_the_same_record_however_reports_are_lost_and_doubled(
-    entry, chooser, steps
+    entry, chooser, steps, bound
 ):
+    """Through one, two or three exchanges a step, whose reports overtake each other."""
     cluster = Cluster(entry)
     for step in range(1, steps + 1):
-        cluster.push_all(step)
+        cluster.push_all(step, max_grad_norm=bound)
         cluster.collect_sent()
         while not all(len(records) == step for records in cluster.records):
             for node in cluster.nodes.values():
@@ -52,6 +83,7 @@ def test_all_shards_commit_the_same_record_however_reports_are_lost_and_doubled(
         cluster.flying = [one for one in cluster.flying if chooser.random() < 0.5]
         first = cluster.records[0]
         assert all(records == first for records in cluster.records)
+        assert not any(node.refused for node in cluster.nodes.values())
         for node in cluster.nodes.values():
             node.settle()
             assert set(node.rounds.versions.values()) == {step}

@@ -62,7 +62,8 @@ class Layout:
             self.long = "row" if axis == axes.row else "column"
         batch = [at for at in range(len(self.shape)) if at not in axes]
         self._order = (*batch, axes.row, axes.column)
-        self._in_order = self._order == tuple(range(len(self.shape)))
+        longer = [at for at in self._order if self.shape[at] != 1]
+        self._in_order = longer == sorted(longer)
         rows, columns = self.shape[axes.row], self.shape[axes.column]
         self.matrices = (math.prod(self.shape[at] for at in batch), rows, columns)
 
