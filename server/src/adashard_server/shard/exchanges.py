@@ -10,7 +10,7 @@ A step that cannot be applied is known by the first exchange.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import isfinite
@@ -131,8 +131,9 @@ class Exchanges:
 
     def full(self, indices: Iterable[int]) -> list[Instruction]:
         """The sums of these slices are full."""
-        self._full.update(indices)
-        return self._go_on()
+        found = list(indices)
+        self._full.update(found)
+        return self._go_on(found)
 
     def measured(self, measure: Measure, findings: Mapping[int, Finding]) -> list[Instruction]:
         """What was asked for has been found; ignored where it is no longer wanted."""
@@ -141,12 +142,12 @@ class Exchanges:
         for index, finding in findings.items():
             self._findings[index] = finding
             self._unready.discard(index)
-        return self._go_on()
+        return self._go_on(())
 
     def take(self, report: Report) -> list[Instruction]:
         """Another shard's report, checked, which may come before this one is as far."""
         self._reports.setdefault(report.exchange, {})[report.sender] = report
-        return self._go_on()
+        return self._go_on(())
 
     @property
     def squared_sum(self) -> float:
@@ -177,11 +178,11 @@ class Exchanges:
             and (self._list[0] is not Exchange.CLAMPED or self.held.is_clamped(index))
         ]
 
-    def _go_on(self) -> list[Instruction]:
-        """Measures, reports, completes the draft; as far as it goes."""
+    def _go_on(self, candidates: Iterable[int]) -> list[Instruction]:
+        """Measures those of the candidates that can be, reports, completes the draft."""
         instructions: list[Instruction] = []
         while self._draft is not None and self.record is None:
-            ready = sorted((self._unready & self._full) - self._asked)
+            ready = sorted(self._measurable(candidates))
             if ready:
                 self._asked.update(ready)
                 instructions.append(Measure(tuple(ready), self._list[0], self._draft))
@@ -191,7 +192,14 @@ class Exchanges:
             instructions += self._refuse()
             if not self._complete():
                 break
+            candidates = tuple(self._unready)
         return instructions
+
+    def _measurable(self, candidates: Iterable[int]) -> Iterator[int]:
+        """Candidates whose sums are full, and which have not been asked what they hold."""
+        for index in candidates:
+            if index in self._unready and index in self._full and index not in self._asked:
+                yield index
 
     def _present(self) -> list[int]:
         assert self._draft is not None

@@ -20,6 +20,8 @@ _DECAY_MODES: dict[WeightDecayMode, Literal["alpha", "lr", "plain"]] = {
     WeightDecayMode.PLAIN: "plain",
 }
 
+_MEASURED_BY = ("step", "workers", "shares", "step_counts", "groups", "norm_factor")
+
 
 class Stepping:
     """One record for all slices of a shard. Read-only, so threads may share it.
@@ -33,6 +35,7 @@ class Stepping:
     def __init__(self, spec: JobSpec, record: Record, passes: type[Passes]) -> None:
         self.record = record
         self._spec, self._passes = spec, passes
+        self._compared: tuple[Stepping, bool] | None = None
         self.scale = record.norm_factor / added(record.shares)
         """What makes a sum over workers the mean, bounded in norm."""
         self._settings = [
@@ -66,11 +69,11 @@ class Stepping:
 
     def measures_as(self, other: Stepping) -> bool:
         """Whether slices measure the same by both: they differ in what exchanges add alone."""
-        ours, theirs = self.record, other.record
-        return ours is theirs or all(
-            getattr(ours, name) == getattr(theirs, name)
-            for name in ("step", "workers", "shares", "step_counts", "groups", "norm_factor")
-        )
+        if self._compared is None or self._compared[0] is not other:  # asked for every slice
+            ours, theirs = self.record, other.record
+            same = all(getattr(ours, name) == getattr(theirs, name) for name in _MEASURED_BY)
+            self._compared = other, same
+        return self._compared[1]
 
     @cached_property
     def _totals(self) -> dict[int, Partial]:
