@@ -128,5 +128,5 @@ def open_with_zeros(shard: Shard, plan: Plan) -> None:
     for piece in cut(SPEC):
         count = piece.element_count
         run = Run(slice=piece.index, start=0, count=count, dtype=DType.FLOAT32)
-        engine.upload_piece(upload, begin, run, memoryview(bytes(4 * count)))
+        engine.upload_piece(upload, run, memoryview(bytes(4 * count)))
     shard.handle(Open(plan=plan))
