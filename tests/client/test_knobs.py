@@ -223,8 +223,8 @@ def test_settings_contradict_each_other_just_by_those_that_are_named(asked, sema
     assert named == refusal.facts.keys()
     assert len(named) >= 2
     assert all(f"{name}=" in refusal.message for name in named)
-    # What a named setting needs, it may need because of how a step is sized; no more than that.
-    alone = {name: asked[name] for name in named - {"semantics"} | {"relative_step"}}
+    # How a step is sized has to be said wherever something else is; no other setting is needed.
+    alone = {name: asked[name] for name in named - {"semantics"} | {"relative_step", "lr"}}
     assert refused(semantics, **alone).message == refusal.message
 
 

@@ -8,12 +8,40 @@ from hypothesis import strategies as st
 from tests.shard import jobs
 from tests.shard.clusters import Node, pieces
 
+from adashard.wire.messages import Entry
+from adashard.wire.placement import cut
+from adashard.wire.spec import EpsPlacement
+
 SHAPES = ((3, 2), (5,), ())
 SPEC = jobs.spec(*SHAPES)
 COUNTS = (6, 5, 1)
 
 presences = st.sets(st.sampled_from(range(len(SHAPES))))
 dice = st.integers(0, 2**32 - 1).map(random.Random)
+
+
+bounds = st.sampled_from([0.0, 3.0])
+
+
+@st.composite
+def entries(draw) -> Entry:
+    """Generations of a job whose larger parameters may be cut, placed anyhow."""
+    job = jobs.spec(
+        *SHAPES,
+        (2, 20),
+        (33,),
+        slice_bytes=draw(st.sampled_from([64, 1 << 20])),
+        eps_placement=draw(st.sampled_from([EpsPlacement.ADDED, EpsPlacement.CLAMPED])),
+    )
+    slices = len(cut(job))
+    owners = draw(st.lists(st.integers(0, 3), min_size=slices, max_size=slices))
+    used = sorted(set(owners))
+    return jobs.entry(
+        job,
+        workers="ab",
+        shards=[f"s{owner}" for owner in used],
+        placement=[used.index(owner) for owner in owners],
+    )
 
 
 def opened(**options) -> Node:

@@ -29,7 +29,7 @@ from adashard.wire.messages import (
     StepSummary,
     UploadBegin,
 )
-from adashard.wire.tensors import as_buffer, from_buffer, torch_dtype, wire_dtype
+from adashard.wire.tensors import as_buffer, flat_on_cpu, from_buffer, torch_dtype, wire_dtype
 from adashard_server.shard.early import EarlyRuns
 from adashard_server.shard.engine import Engine
 from adashard_server.shard.exchange import MemoryExchange, PeerExchange
@@ -159,7 +159,7 @@ def piece(
     content: Content = Content.WEIGHT,
 ) -> tuple[Run, memoryview]:
     """A run of a slice or of its state, and its bytes."""
-    flat = values.reshape(-1)[start:stop].contiguous()
+    flat = flat_on_cpu(values.reshape(-1)[start:stop])
     dtype = wire_dtype(flat.dtype)
     run = Run(slice=index, start=start, count=flat.numel(), dtype=dtype, content=content)
     return run, as_buffer(flat)

@@ -5,57 +5,26 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.shard import jobs
 from tests.shard.clusters import Cluster, Node
-from tests.shard.pushers import SHAPES, SPEC, dice, opened, presences
+from tests.shard.pushers import SPEC, bounds, dice, entries, opened, presences
 
-from adashard.wire.errors import InvalidFrame, InvalidRequest, StaleGeneration
 from adashard.wire.messages import (
-    AdafactorStep,
-    Entry,
     Exchange,
     Frozen,
     FullSums,
-    GroupStep,
     Outcome,
     Report,
 )
 from adashard.wire.placement import Node as Subtree
 from adashard.wire.placement import cut
-from adashard.wire.spec import DType, EpsPlacement, Rounding, WeightDecayMode
-from adashard_server.shard.instructions import Measure, Send
+from adashard_server.shard.instructions import Send
 from adashard_server.shard.partials import Finding
-from adashard_server.shard.records import bit, completed, draft_record, present_in_any, skipped
-from adashard_server.shard.rounds import Rounds
+from adashard_server.shard.records import bit, completed, draft_record, present_in_any
 
 # --- reports and the commit ----------------------------------------------------------------------
-
-
-
-@st.composite
-def entries(draw) -> Entry:
-    """Generations of a job whose larger parameters may be cut, placed anyhow."""
-    count = draw(st.integers(1, 4))
-    job = jobs.spec(
-        *SHAPES,
-        (2, 20),
-        (33,),
-        slice_bytes=draw(st.sampled_from([64, 1 << 20])),
-        eps_placement=draw(st.sampled_from([EpsPlacement.ADDED, EpsPlacement.CLAMPED])),
-    )
-    placement = draw(st.lists(st.integers(0, count - 1), min_size=9, max_size=9))
-    return jobs.entry(
-        job,
-        workers="ab",
-        shards=[f"s{n}" for n in range(count)],
-        placement=placement[: len(cut(job))],
-    )
-
-
-bounds = st.sampled_from([0.0, 3.0])
 
 
 @given(entries(), dice, st.integers(1, 3), bounds)
@@ -93,7 +62,7 @@ def assert_all_or_none(cluster: Cluster, step: int) -> None:
     """Who has committed has everybody's promise: their sums are full, their reports are kept."""
     if any(len(records) == step for records in cluster.records):
         for node in cluster.nodes.values():
-            assert node.rounds.own_report(step) is not None
+            assert node.rounds.own_report(step, Exchange.PARTIALS) is not None
 
 
 def test_no_shard_commits_before_the_last_report():
@@ -121,14 +90,15 @@ def test_the_own_report_is_kept_after_the_commit_for_whoever_lacks_it():
     report = dataclasses.replace(send.report, sender="s1", slices=(1,), squared_sums=(1.0,))
     node.carry_out(node.rounds.exchange(report))
     assert len(node.records) == 1
-    assert node.rounds.own_report(1) == send.report
-    assert node.rounds.own_report(0) is None
+    assert node.rounds.own_report(1, Exchange.PARTIALS) == send.report
+    assert node.rounds.own_report(0, Exchange.PARTIALS) is None
     node.settle()
-    assert node.rounds.own_report(1) == send.report
+    assert node.rounds.own_report(1, Exchange.PARTIALS) == send.report
+    assert node.rounds.squared_sum(1) == sum(send.report.squared_sums) == 2.0
     assert node.rounds.repeat() == []
     assert node.rounds.exchange(report) == []
     node.rounds.freeze(jobs.entry(SPEC, generation=2, shards=("s0", "s1")))
-    assert node.rounds.own_report(1) is None
+    assert node.rounds.own_report(1, Exchange.PARTIALS) is None
 
 
 def test_a_report_that_is_here_already_is_not_wanted_again():
@@ -136,60 +106,91 @@ def test_a_report_that_is_here_already_is_not_wanted_again():
     first, second = cluster.nodes.values()
     first.push_all(jobs.begin(cluster.entry, "a"))
     cluster.collect_sent()
-    second.carry_out(second.rounds.exchange(first.rounds.own_report(1)))
+    second.carry_out(second.rounds.exchange(first.rounds.own_report(1, Exchange.PARTIALS)))
     second.push_all(jobs.begin(cluster.entry, "a", receiver="s1"))
-    assert second.sent == [Send(second.rounds.own_report(1), ("s0",), frozenset())]
+    assert second.sent == [
+        Send(second.rounds.own_report(1, Exchange.PARTIALS), ("s0",), frozenset())
+    ]
     assert second.records
-    assert first.rounds.repeat() == [Send(first.rounds.own_report(1), ("s1",), frozenset({"s1"}))]
+    assert first.rounds.repeat() == [
+        Send(first.rounds.own_report(1, Exchange.PARTIALS), ("s1",), frozenset({"s1"}))
+    ]
 
 
-@given(clusters, st.integers(0, 3), st.sampled_from([math.nan, math.inf]))
-def test_what_is_not_finite_on_one_shard_is_a_skip_on_all(entry, broken, square):
+@given(entries(), st.integers(0, 10), st.sampled_from([math.nan, math.inf]), bounds)
+def test_what_is_not_finite_on_one_shard_is_a_skip_on_all(entry, broken, square, bound):
+    broken %= len(entry.placement)
     cluster = Cluster(entry)
     for node in cluster.nodes.values():
         node.square = lambda index: square if index == broken else 1.0
-    cluster.push_all()
+    cluster.push_all(max_grad_norm=bound)
     cluster.deliver_all()
     for records in cluster.records:
         (record,) = records
-        assert (record.outcome, record.step_counts) == (Outcome.SKIP, (0,) * 4)
-        assert record.squared_norm == 0.0
+        assert (record.outcome, record.step_counts) == (Outcome.SKIP, (0,) * 5)
+        assert (record.squared_norm, record.norm_factor, record.partials) == (0.0, 1.0, ())
     for node in cluster.nodes.values():
         assert not any(node.rounds.updates(index) for index in node.rounds.mine)
         node.settle()
         assert node.rounds.version == 1
-    cluster.push_all(2)
-    for node in cluster.nodes.values():
         node.square = float
+    cluster.push_all(2, max_grad_norm=bound)
     cluster.deliver_all()
+    undisturbed = Cluster(entry, base=1)
+    undisturbed.push_all(2, max_grad_norm=bound)
+    undisturbed.deliver_all()
+    assert [records[-1] for records in cluster.records] == [
+        record for (record,) in undisturbed.records
+    ]
+
+
+@given(entries(), bounds)
+def test_a_record_is_the_same_whoever_forms_it_and_however_slices_are_placed(entry, bound):
+    alone = dataclasses.replace(
+        entry, shards=entry.shards[:1], placement=(0,) * len(entry.placement)
+    )
+    clusters = [Cluster(one) for one in (entry, alone)]
+    for cluster in clusters:
+        for node in cluster.nodes.values():
+            node.square = lambda index: 0.1 * 3.0**index
+        cluster.push_all(max_grad_norm=bound)
+        cluster.deliver_all()
+    many, one = (cluster.records for cluster in clusters)
+    assert many == one * len(many)
+
+
+def reports_of(placement, squares) -> list[tuple[Report, list[Subtree]]]:
+    """Reports of shards that each hold some slices of parameters that are not split."""
+    found = []
+    for shard in sorted(set(placement)):
+        mine = tuple(index for index, owner in enumerate(placement) if owner == shard)
+        report = Report(
+            job=jobs.JOB,
+            generation=1,
+            sender=f"s{shard}",
+            step=1,
+            workers=("a", "b"),
+            finite=True,
+            slices=mine,
+            squared_sums=tuple(squares[index] for index in mine),
+        )
+        found.append((report, [Subtree(slice=index, count=1) for index in mine]))
+    return found
 
 
 @given(dice, st.integers(1, 4))
-def test_a_record_is_the_same_whoever_forms_it_and_however_slices_are_placed(chooser, count):
-    entry = jobs.entry(SPEC, workers="ab")
+def test_squared_sums_are_added_in_the_order_of_parameters_whatever_order_reports_are_in(
+    chooser, count
+):
+    job = jobs.spec(*[(1,)] * 5)
+    entry = jobs.entry(job, workers="ab")
     begins = [jobs.begin(entry, worker, share=share) for worker, share in (("a", 3.0), ("b", 0.1))]
+    draft = draft_record(1, begins, (0,) * 5)
     squares = [0.1, 0.2, 1e-9, 1e9, 0.3]
-    one = Report(
-        job=jobs.JOB,
-        generation=1,
-        sender="s",
-        step=1,
-        workers=("a", "b"),
-        finite=True,
-        slices=tuple(range(5)),
-        squared_sums=tuple(squares),
-    )
-    owners = [chooser.randrange(count) for _ in squares]
-    many = [
-        dataclasses.replace(
-            one,
-            slices=tuple(i for i, owner in enumerate(owners) if owner == shard),
-            squared_sums=tuple(squares[i] for i, owner in enumerate(owners) if owner == shard),
-        )
-        for shard in range(count)
-    ]
+    many = reports_of([chooser.randrange(count) for _ in squares], squares)
     chooser.shuffle(many)
-    assert form_record(1, begins, many, (0, 0, 0)) == form_record(1, begins, [one], (0, 0, 0))
+    record = completed(draft, Exchange.PARTIALS, many, cut(job), 0.0)
+    assert record == dataclasses.replace(draft, squared_norm=0.1 + 0.2 + 1e-9 + 1e9 + 0.3)
 
 
 def test_hyper_parameters_are_those_of_the_lowest_rank():
@@ -202,7 +203,7 @@ def test_hyper_parameters_are_those_of_the_lowest_rank():
     (record,) = node.records
     assert record.groups == (ours,)
     assert record.shares == (1.0, 2.0)
-    assert record.squared_norm == sum(square / 9.0 for square in (0.0, 1.0, 2.0))
+    assert record.squared_norm == 0.0 + 1.0 + 2.0
 
 
 @given(st.lists(presences, min_size=1, max_size=4))
@@ -217,7 +218,6 @@ def test_a_parameter_is_present_if_any_worker_has_it(present):
 def test_a_shard_without_slices_commits_nothing():
     node = Node("s1")
     node.open(jobs.plan(jobs.entry(SPEC, shards=("s0", "s1"), placement=(0, 0, 0))))
-    assert node.rounds.peers == ("s0",)
     assert node.begin(jobs.begin(node.rounds.entry, "a", receiver="s1"))
     assert node.records == []
 
@@ -247,226 +247,16 @@ def test_an_addition_that_was_under_way_at_a_freeze_counts():
 
 def test_sums_that_were_measured_too_late_are_not_believed():
     node = opened(workers="ab")
-    assert node.rounds.measured({0: 1.0, 1: 2.0}) == []
-    node.push_all(jobs.begin(node.rounds.entry, "a"))
-    assert node.rounds.measured({0: math.nan}) == []
-    node.push_all(jobs.begin(node.rounds.entry, "b"))
-    assert node.records[0].outcome is Outcome.APPLY
-
-
-# --- refusals ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("generation", [1, 3])
-def test_a_call_of_another_generation_is_refused(generation):
-    node = opened()
-    current = jobs.entry(SPEC, generation=2)
-    node.open(jobs.plan(current))
-    foreign = jobs.begin(jobs.entry(SPEC, generation=generation), "a")
-    with pytest.raises(StaleGeneration) as refused:
-        node.rounds.begin(foreign)
-    assert refused.value.facts == {"generation": str(generation), "promised": "2"}
-    with pytest.raises(StaleGeneration):
-        node.rounds.admit(foreign, 0, 0, 1)
-
-
-def test_nothing_is_accepted_while_frozen():
-    node = opened()
-    later = jobs.entry(SPEC, generation=2)
-    begin = jobs.begin(node.rounds.entry, "a")
-    node.begin(begin)
-    node.rounds.freeze(later)
-    for refused in (begin, jobs.begin(later, "a")):
-        with pytest.raises(StaleGeneration):
-            node.rounds.begin(refused)
-        with pytest.raises(StaleGeneration):
-            node.rounds.admit(refused, 0, 0, 1)
-    assert node.rounds.repeat() == []
-    assert node.rounds.measured({0: 1.0}) == []
-
-
-def test_a_worker_that_is_not_of_the_generation_is_refused():
-    node = opened(workers="ab", leaving="b")
-    for stranger in "bx":
-        with pytest.raises(StaleGeneration):
-            node.rounds.begin(jobs.begin(node.rounds.entry, stranger))
-
-
-@pytest.mark.parametrize(("step", "push"), [(-1, True), (2, True), (7, False), (2, False)])
-def test_a_step_that_a_worker_cannot_be_at_is_refused(step, push):
-    node = opened()
-    with pytest.raises(InvalidRequest, match=f"asks shard s0 for step {step}"):
-        node.rounds.begin(jobs.begin(node.rounds.entry, "a", step, push=push))
-
-
-def test_a_pull_is_acknowledged_whether_the_step_is_decided_or_not():
-    node = opened()
-    entry = node.rounds.entry
-    now, _ = node.rounds.begin(jobs.begin(entry, "a", 0, push=False))
-    later, _ = node.rounds.begin(jobs.begin(entry, "a", 1, push=False))
-    assert (now.complete, later.complete) == (True, False)
-    assert not node.rounds.begins
-
-
-@pytest.mark.parametrize(
-    ("index", "start", "count"),
-    [(0, 1, 2), (0, 0, 7), (0, 0, 0), (3, 0, 1), (1, 0, 1), (0, 6, 1)],
-    ids=["gap", "too long", "empty", "no such slice", "held elsewhere", "beyond the end"],
-)
-def test_elements_that_cannot_come_now_are_refused(index, start, count):
-    entry = jobs.entry(SPEC, shards=("s0", "s1"), placement=(0, 1, 0))
-    node = Node("s0")
-    node.open(jobs.plan(entry))
-    begin = jobs.begin(entry, "a")
-    node.begin(begin)
-    with pytest.raises(InvalidFrame):
-        node.rounds.admit(begin, index, start, count)
-    assert node.push(begin, 0, 0, 6)
-
-
-def test_elements_of_a_parameter_that_the_push_called_absent_are_dropped():
-    node = opened(workers="ab")
-    begin = jobs.begin(node.rounds.entry, "a", present=[1])
-    node.begin(begin)
-    assert node.rounds.admit(begin, 0, 0, 6) is None
-
-
-_SETTINGS = AdafactorStep(eps1=1e-30, eps2=1e-3, clip_threshold=1.0)
-
-
-def settings_with(**changes) -> tuple[GroupStep, ...]:
-    step = jobs.group_step()
-    return (dataclasses.replace(step, adafactor=dataclasses.replace(_SETTINGS, **changes)),)
-
-
-def schedules_with(**changes) -> tuple[GroupStep, ...]:
-    step = jobs.group_step()
-    schedules = tuple(dataclasses.replace(one, **changes) for one in step.schedules)
-    return (dataclasses.replace(step, schedules=schedules),)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"present": b""}, "presence bit"),
-        ({"present": b"\x07\x00"}, "presence bit"),
-        ({"share": 0.0}, "share"),
-        ({"share": -1.0}, "share"),
-        ({"share": math.nan}, "share"),
-        ({"share": math.inf}, "share"),
-        ({"groups": ()}, "each of 1 groups"),
-        ({"groups": (GroupStep(),)}, "settings of the job's optimizer"),
-        ({"groups": (jobs.group_step([2, 3]),)}, r"step counts \[1\]"),
-        ({"groups": settings_with(weight_decay_mode=WeightDecayMode.UNSPECIFIED)}, "weight decay"),
-        ({"groups": settings_with(eps1=math.nan)}, "finite numbers"),
-        ({"groups": settings_with(eps2=math.inf)}, "finite numbers"),
-        ({"groups": settings_with(lr=math.nan)}, "finite numbers"),
-        ({"groups": settings_with(clip_threshold=0.0)}, "finite numbers"),
-        ({"groups": settings_with(clip_threshold=math.nan)}, "finite numbers"),
-        ({"groups": schedules_with(beta2=math.nan)}, "finite numbers"),
-        ({"groups": schedules_with(rho=math.inf)}, "finite numbers"),
-        ({"dtypes": ()}, "formats|format"),
-        ({"dtypes": (DType.UNSPECIFIED,)}, "format"),
-        ({"dtypes": (DType.FLOAT32, DType.FLOAT32)}, "format"),
-    ],
-)
-def test_a_push_whose_record_could_not_be_applied_is_refused(changes, words):
-    node = opened()
-    begin = dataclasses.replace(jobs.begin(node.rounds.entry, "a"), **changes)
-    with pytest.raises(InvalidRequest, match=words):
-        node.rounds.begin(begin)
-    assert not node.rounds.begins
-
-
-def test_clipping_may_be_off():
-    node = opened()
-    node.push_all(jobs.begin(node.rounds.entry, "a", groups=settings_with(clip_threshold=math.inf)))
-    assert node.records
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"sender": "s7"},
-        {"sender": "s0", "slices": (0, 2), "squared_sums": (1.0, 1.0)},
-        {"slices": (1,), "squared_sums": ()},
-        {"slices": (0, 1), "squared_sums": (1.0, 1.0)},
-        {"slices": (), "squared_sums": ()},
-        {"workers": ("a", "b")},
-    ],
-    ids=["nobody", "itself", "torn", "slices of others", "slices missing", "other workers"],
-)
-def test_a_report_that_does_not_fit_the_generation_is_refused_and_leaves_nothing(changes):
-    entry = jobs.entry(SPEC, shards=("s0", "s1"))
-    node = Node("s0")
-    node.open(jobs.plan(entry))
-    good = Report(
-        job=jobs.JOB,
-        generation=1,
-        sender="s1",
-        step=1,
-        workers=("a",),
-        finite=True,
-        slices=(1,),
-        squared_sums=(1.0,),
-    )
-    with pytest.raises(InvalidRequest):
-        node.rounds.exchange(dataclasses.replace(good, **changes))
-    node.push_all(jobs.begin(entry, "a"))
-    assert node.records == []
-    node.carry_out(node.rounds.exchange(good))
-    assert len(node.records) == 1
-
-
-@pytest.mark.parametrize(("promised", "reported"), [(2, 1), (1, 2)])
-def test_a_report_of_another_generation_is_refused(promised, reported):
-    node = Node("s0")
-    node.open(jobs.plan(jobs.entry(SPEC, generation=promised, shards=("s0", "s1"))))
-    report = Report(
-        job=jobs.JOB,
-        generation=reported,
-        sender="s1",
-        step=1,
-        workers=("a",),
-        finite=True,
-        slices=(1,),
-        squared_sums=(1.0,),
-    )
-    with pytest.raises(StaleGeneration):
-        node.rounds.exchange(report)
-
-
-def test_a_report_that_comes_while_frozen_is_refused():
-    node = opened(shards=("s0", "s1"))
-    node.rounds.freeze(jobs.entry(SPEC, generation=2, shards=("s0", "s1")))
-    report = Report(
-        job=jobs.JOB,
-        generation=2,
-        sender="s1",
-        step=1,
-        workers=("a",),
-        finite=True,
-        slices=(1,),
-        squared_sums=(1.0,),
-    )
-    with pytest.raises(StaleGeneration, match="frozen"):
-        node.rounds.exchange(report)
-
-
-def test_before_any_freeze_there_is_nothing():
-    rounds = Rounds("s0")
-    assert (rounds.mine, rounds.peers, rounds.version) == ((), (), -1)
-    assert not rounds.planned
-    with pytest.raises(StaleGeneration):
-        rounds.check(0, "a")
-
-
-@pytest.mark.parametrize("there", ["", "a", "b", "c", "ab", "ac", "bc"])
-def test_every_worker_of_a_round_is_waited_for(there):
-    node = opened(workers="abc")
-    for worker in there:
-        assert node.begin(jobs.begin(node.rounds.entry, worker, present=[]))
-    assert node.records == []
-    for worker in "abc":
-        node.begin(jobs.begin(node.rounds.entry, worker, present=[]))
-    assert len(node.records) == 1
+    for worker in "ab":
+        node.push_all(jobs.begin(node.rounds.entry, worker))
+    (early,), (known,) = node.measured[:1], node.records
+    broken = {index: Finding(math.nan) for index in range(3)}
+    assert node.rounds.measured(early, broken) == []
+    node.settle()
+    assert node.rounds.measured(early, broken) == []
+    node.push_all(jobs.begin(node.rounds.entry, "a", 2))
+    assert node.rounds.measured(early, broken) == []
+    node.push_all(jobs.begin(node.rounds.entry, "b", 2))
+    assert node.rounds.measured(early, broken) == []
+    assert [record.outcome for record in node.records] == [Outcome.APPLY] * 2
+    assert node.records[0] == known

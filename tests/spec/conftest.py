@@ -56,6 +56,9 @@ class Clusters:
             self._running[kind, shards] = self._stack.enter_context(cluster)
         return self._running[kind, shards]
 
+    def bench(self, kind: str, shards: int) -> Bench:
+        return Bench(self.get(kind, shards), f"job-{next(_names)}")
+
     def close(self) -> None:
         self._stack.close()
 
@@ -79,7 +82,7 @@ def bench(clusters, kind) -> Callable[[int], Bench]:
     """Makes a bench with so many shards."""
 
     def make(shards: int = 2) -> Bench:
-        return Bench(clusters.get(kind, shards), f"job-{next(_names)}")
+        return clusters.bench(kind, shards)
 
     return make
 

@@ -8,6 +8,7 @@ import httpx
 import pytest
 import torch
 from tests.spec.conftest import Feed, free_port
+from tests.spec.crews import SLICE_BYTES, crew_of, filled, same
 
 import adashard
 from adashard.wire import version
@@ -60,13 +61,24 @@ def test_nan_in_a_gradient_names_tensor_worker_and_step_and_touches_no_weight(be
         assert optimizer.global_step == 2
 
 
-def test_a_sparse_gradient_is_refused_before_anything_is_sent(bench):
-    table = torch.nn.Embedding(5, 3, sparse=True)
-    optimizer = bench(1).adafactor(table.named_parameters())
-    table(torch.tensor([1])).sum().backward()
-    with pytest.raises(InvalidGradient, match="does not support sparse gradients: 'weight'"):
-        optimizer.step()
-    assert optimizer._session is None
+def test_nan_on_one_shard_has_all_shards_skip_and_the_next_step_is_as_without(bench):
+    start, first, second = (filled({"matrix": (24, 5)}, seed) for seed in range(3))
+    broken = {"matrix": first["matrix"].clone()}
+    broken["matrix"][20, 3] = float("nan")  # one element of one slice
+    options = {"slice_bytes": SLICE_BYTES, "nonfinite": "skip", "beta1": 0.9}
+    with crew_of(bench(2), start, **options) as crew:
+        assert len(crew.shares()) == 2
+        crew.step(first)
+        before = crew.weights()
+        crew.step(broken)
+        assert same(before, crew.weights())
+        crew.step(second)
+        found = crew.weights()
+    with crew_of(bench(2), start, **options) as crew:
+        crew.step(first)
+        crew.step(second)
+        assert same(found, crew.weights())
+    assert not same(before, found)
 
 
 def test_a_parameter_that_is_not_floating_point_is_refused():

@@ -220,7 +220,7 @@ def test_a_worker_with_another_model_is_told_the_first_difference(bench):
 
 
 def test_more_shards_than_parameters_work(bench):
-    table, feed = bench(3), Feed({"only": torch.ones(4, 4)})
+    table, feed = bench(4), Feed({"only": torch.ones(4, 4)})
     with table.adafactor(feed.named()) as optimizer:
         feed.give({"only": torch.ones(4, 4)})
         optimizer.step()

@@ -62,24 +62,27 @@ class EarlyRuns:
         """The first run of each worker that waits for a slice."""
         return [waiting[0] for waiting in self._waiting.get(index, {}).values()]
 
-    def pop(self, early: EarlyRun) -> None:
-        """The first run of its worker waits no longer."""
-        index, sender = early.run.slice, early.begin.sender
-        waiting = self._waiting[index][sender]
-        assert waiting.popleft() is early
-        self._bytes -= early.addend.nbytes
-        if not waiting:
-            del self._waiting[index][sender]
-        if not self._waiting[index]:
-            del self._waiting[index]
+    def added(self, sender: str, index: int, stop: int) -> None:
+        """A worker's elements up to `stop` are in the sum: runs of them wait no longer."""
+        waiting = self._waiting.get(index, {}).get(sender)
+        while waiting and waiting[0].run.start + waiting[0].run.count <= stop:
+            self._pop(index, sender)
 
     def drop(self, sender: str) -> None:
         """Forgets the runs of a worker, whose new stream brings them again."""
         for index in self.slices:
-            for early in list(self._waiting[index].get(sender, ())):
-                self.pop(early)
+            for _ in range(len(self._waiting[index].get(sender, ()))):
+                self._pop(index, sender)
 
     def clear(self) -> None:
         """Forgets all runs."""
         self._waiting.clear()
         self._bytes = 0
+
+    def _pop(self, index: int, sender: str) -> None:
+        waiting = self._waiting[index][sender]
+        self._bytes -= waiting.popleft().addend.nbytes
+        if not waiting:
+            del self._waiting[index][sender]
+        if not self._waiting[index]:
+            del self._waiting[index]

@@ -321,6 +321,7 @@ class Engine:
             )
             with self._turn:
                 self._stopwatch.received(begin.step, addend.nbytes)
+                self._early.added(begin.sender, run.slice, add.stop)
                 instructions = self._rounds.added(begin, run.slice, add.stop)
         self._carry_out(instructions)
 
@@ -331,15 +332,13 @@ class Engine:
             self._add(early.begin, early.run, early.addend, add)
 
     def _next_early(self, index: int) -> tuple[EarlyRun, Add] | None:
+        """A run whose turn it is; it waits until it is in the sum, so that none is missing."""
         with self._turn:
             if index in self._busy:
                 return None  # whoever works on it looks again
             for early in self._early.first(index):
                 run = early.run
                 admission = self._rounds.admit(early.begin, run.slice, run.start, run.count)
-                if not isinstance(admission, Wait):
-                    self._early.pop(early)
-                    self._turn.notify_all()  # there is room for another
                 if isinstance(admission, Add):
                     self._busy.add(index)
                     return early, admission
@@ -386,7 +385,7 @@ class Engine:
 
     def _committed(self, record: Record) -> None:
         with self._turn:
-            squared_sum = self._rounds.squared_sum()
+            squared_sum = self._rounds.squared_sum(record.step)
             summary = self._stopwatch.committed(record, squared_sum)
             self._turn.notify_all()
         if summary is not None:

@@ -289,10 +289,9 @@ class Rounds:
 
     def own_report(self, step: int, exchange: Exchange) -> Report | None:
         """This shard's report of `step`, kept until its next, also after the commit (S6)."""
-        for exchanges in (self._exchanges, self._last):
-            if exchanges is not None and exchanges.step == step:
-                return exchanges.own(exchange)
-        return None
+        exchanges = self._exchanges_of(step)
+        own = exchanges.own(exchange) if exchanges else None
+        return own if own and own.generation == self.promised else None
 
     def repeat(self) -> list[Instruction]:
         """What to send again while the own report has not led to a commit."""
@@ -314,9 +313,10 @@ class Rounds:
         """Whether the slice is to take the newest decided step now; not while frozen (S1)."""
         return index in self._owed and self._plan is not None
 
-    def squared_sum(self) -> float:
-        """Of the mean gradient of the step that is collected or owed, on this shard alone."""
-        return self._exchanges.squared_sum if self._exchanges else 0.0
+    def squared_sum(self, step: int) -> float:
+        """Of the mean gradient of `step` on this shard alone; known as long as the own report."""
+        exchanges = self._exchanges_of(step)
+        return exchanges.squared_sum if exchanges else 0.0
 
     def updates(self, index: int) -> bool:
         """Whether the newest record changes the slice's weights, or only its version."""
@@ -350,6 +350,13 @@ class Rounds:
             assert self._held is not None
             self._exchanges = Exchanges(self.shard, self._step, self.order, self._held)
         return self._exchanges
+
+    def _exchanges_of(self, step: int) -> Exchanges | None:
+        """Those of the step that is collected or owed, or of the one before."""
+        for exchanges in (self._exchanges, self._last):
+            if exchanges is not None and exchanges.step == step:
+                return exchanges
+        return None
 
     def _go_on(self, candidates: Iterable[int]) -> list[Instruction]:
         """Tells the exchanges of sums that are full; of nothing before all pushes have begun."""
