@@ -278,16 +278,29 @@ class Cut:
 
 
 @st.composite
-def cuts(draw: st.DrawFn, sizes: st.SearchStrategy[int] = st.integers(1, 9)) -> Cut:  # noqa: B008
-    """Any shape up to four axes, any two of them factored or none, cut along any in up to 8."""
-    shape = tuple(draw(st.lists(sizes, max_size=4)))
+def cuts(
+    draw: st.DrawFn,
+    sizes: st.SearchStrategy[int] = st.integers(1, 9),  # noqa: B008
+    *,
+    axis_counts: tuple[int, int] = (0, 4),
+    factored: bool = False,
+    least_count: int = 1,
+) -> Cut:
+    """Any shape, any two of its axes factored or none, cut along any in up to 8 slices.
+
+    Args:
+        sizes: of axes.
+        axis_counts: the fewest and the most.
+        factored: whether there are factored axes for sure; takes two axes.
+        least_count: of slices; no more than the least size.
+    """
+    shape = tuple(draw(st.lists(sizes, min_size=axis_counts[0], max_size=axis_counts[1])))
     axes = None
-    if len(shape) >= 2:
-        pairs = st.permutations(range(len(shape))).map(lambda order: Axes(*order[:2]))
-        axes = draw(pairs | st.none())
+    if len(shape) >= 2 and (factored or draw(st.booleans())):
+        axes = Axes(*draw(st.permutations(range(len(shape))))[:2])
     axis = draw(st.integers(0, max(0, len(shape) - 1)))
     length = shape[axis] if shape else 1
-    count = draw(st.sampled_from([count for count in (1, 2, 4, 8) if count <= length]))
+    count = draw(st.sampled_from([n for n in (1, 2, 4, 8) if least_count <= n <= length]))
     shards = draw(st.sets(st.integers(1, count - 1))) if count > 1 else ()
     order = draw(st.permutations(range(count)))
     return Cut(shape, axes, axis, count, tuple(sorted(shards)), tuple(order))
