@@ -202,7 +202,8 @@ def _order_of(loose: ModuleType, n: int, m: int, rounds: int) -> dict[str, float
     def passes(module: ModuleType) -> None:
         bound = np.float32(1e30)
         module.rows_first(gradient, one, row, 0.5, 1e-30, bound, new, squares, ratios)
-        module.update(weight, gradient, tiny, row, column, np.float32(np.inf), one)
+        infinite = np.float32(np.inf)
+        module.update(weight, gradient, one, tiny, row, column, infinite, one)
 
     flat, target = torch.from_numpy(gradient).view(-1), torch.from_numpy(weight).view(-1)
 

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 
 import llvmlite.binding
 import pytest
@@ -58,21 +59,36 @@ WIDER = {
 
 
 @functools.cache
-def digest(code: Code) -> str:
-    """What the program prints when it runs as that code, compiled afresh and kept nowhere."""
+def digest(code: Code | None) -> str:
+    """What the program prints when it runs as that code, compiled afresh and kept nowhere.
+
+    None is this machine's own code, as the rest of the tests have compiled and kept it.
+    """
+    if code is None:
+        return printed([], os.environ)
     names = {"NUMBA_CPU_NAME": code.cpu, "NUMBA_CPU_FEATURES": code.features}
     arguments = [] if code.vector_width is None else [str(code.vector_width)]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
     with tempfile.TemporaryDirectory() as cache:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.optim.digest_of_steps", *arguments],
-            cwd=ROOT,
-            env={**kept, "NUMBA_CACHE_DIR": cache, **(names if code.cpu else {})},
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+        afresh = {**kept, "NUMBA_CACHE_DIR": cache, **(names if code.cpu else {})}
+        return printed(arguments, afresh)
+
+
+def printed(arguments: list[str], environment: Mapping[str, str]) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.optim.digest_of_steps", *arguments],
+        cwd=ROOT,
+        env=dict(environment),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return done.stdout.strip()
+
+
+@pytest.mark.skipif(bool(SSE2.missing()), reason="this machine is not an x86-64")
+def test_twenty_steps_of_this_machine_s_code_have_the_bits_of_sse2_code():
+    assert digest(None) == digest(SSE2)
 
 
 @pytest.mark.slow
