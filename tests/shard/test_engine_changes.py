@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import pytest
@@ -22,6 +23,7 @@ from tests.shard.tables import (
 from adashard.wire.errors import InvalidFrame, StaleGeneration
 from adashard.wire.messages import Freeze, Open, PlanRequest, Run, UploadBegin
 from adashard.wire.spec import DType
+from adashard_server.shard.engine import Engine
 from adashard_server.shard.slices import SliceStore
 
 # --- changes of generation -----------------------------------------------------------------------
@@ -103,6 +105,33 @@ def test_a_freeze_waits_until_no_slice_is_worked_on(monkeypatch):
         push(engine, begin, {0: values(1)[0]})
         threads[0].join(60)
     assert happened == ["measured", "frozen"]
+
+
+def test_what_was_to_be_measured_before_a_change_is_not_measured_after_it(monkeypatch):
+    """Its slice may be elsewhere by then, or its sum be formed anew."""
+    table = opened(("s0", "s1"), placement=(0, 0, 0), workers="ab")
+    engine = table.engine()
+    moved = dataclasses.replace(table.entry, generation=2, placement=(0, 1, 1))
+
+    def then_change(engine, index, measure):
+        monkeypatch.undo()
+        instructions = engine._measure(index, measure)
+        table.open(jobs.plan(moved), values(0))
+        return instructions
+
+    monkeypatch.setattr(Engine, "_measure", then_change)
+    first, last = jobs.begin(table.entry, "a"), jobs.begin(table.entry, "b", present=[])
+    engine.begin(first)
+    push(engine, first, values(1))
+    engine.begin(last)
+    assert table.entry == moved
+    replies = together(
+        lambda: table.step(jobs.begin(moved, "a", version=0), values(1)),
+        lambda: table.step(jobs.begin(moved, "b", version=0, present=[]), {}),
+    )
+    zeros = {index: torch.zeros_like(one) for index, one in values(1).items()}
+    expected = alone(in_rank_order(values(1), zeros, shares=(1.0, 1.0)))
+    assert all(equal(reply.weights, expected) for reply in replies)
 
 
 def test_sums_that_still_hold_after_a_change_are_not_sent_again():

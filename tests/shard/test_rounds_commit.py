@@ -92,6 +92,7 @@ def test_the_own_report_is_kept_after_the_commit_for_whoever_lacks_it():
     assert len(node.records) == 1
     assert node.rounds.own_report(1, Exchange.PARTIALS) == send.report
     assert node.rounds.own_report(0, Exchange.PARTIALS) is None
+    assert node.rounds.repeat() == []
     node.settle()
     assert node.rounds.own_report(1, Exchange.PARTIALS) == send.report
     assert node.rounds.squared_sum(1) == sum(send.report.squared_sums) == 2.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -9,13 +10,15 @@ import torch
 from tests.shard import jobs
 from tests.shard.tables import Table, push, talked, together, watched
 
-from adashard.wire.errors import Draining, StaleGeneration
+from adashard.wire.errors import Draining, InvalidRequest, StaleGeneration
 from adashard.wire.messages import (
     Bye,
+    Exchange,
     ExchangeRequest,
     Freeze,
     Open,
     Opened,
+    Partial,
     Planned,
     PlanRequest,
     Report,
@@ -27,6 +30,7 @@ from adashard.wire.messages import (
 SPEC = jobs.spec((4,), (3,))
 WEIGHTS = {0: torch.ones(4), 1: torch.ones(3)}
 GRADIENTS = {0: torch.arange(4.0), 1: torch.arange(3.0)}
+NOTHING = {"weight_squared_sum": 0.0, "update_squared_sum": 0.0, "least": 1.0}
 
 
 def opened(names=("s0",), **options) -> Table:
@@ -198,6 +202,36 @@ def test_an_answer_that_cannot_be_used_does_no_harm(changes, caplog):
     table.exchange.attach("s1", lambda request: Answer(report(table)))
     table.shards["s0"].repeat()
     assert engine.version == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sender": "s7"},
+        {"workers": ("b",)},
+        {"generation": 9},
+        {"slices": (0,)},
+        {"squared_sums": ()},
+        {"exchange": Exchange.UNSPECIFIED},
+        {"partials": (Partial(slice=1, count=1, squares=b"", ratios=b"", **NOTHING),)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_report_that_is_refused_is_counted_and_the_round_ends_with_the_right_one(changes):
+    table = opened(("s0", "s1"))
+    table.exchange.detach("s1")
+    engine = table.engine()
+    begin = jobs.begin(table.entry, "a", version=0)
+    engine.begin(begin)
+    push(engine, begin, {0: GRADIENTS[0]})
+    assert engine.holding().refused_report_count == 0
+    request = ExchangeRequest(receiver="s0", report=report(table, **changes))
+    with contextlib.suppress(InvalidRequest, StaleGeneration):
+        table.shards["s0"].exchange(request)
+    (holding,) = table.shards["s0"].renewal().holdings
+    assert (holding.refused_report_count, engine.version) == (1, 0)
+    table.shards["s0"].exchange(ExchangeRequest(receiver="s0", report=report(table)))
+    assert (engine.holding().refused_report_count, engine.version) == (1, 1)
 
 
 @dataclasses.dataclass

@@ -10,6 +10,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Collection, Iterable
+from functools import cache
 from types import TracebackType
 from typing import Any, Self
 
@@ -117,7 +118,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._check_layouts(session.spec)
         try:
             push = Push(
-                gradients=gradients, settings=self._settings, max_grad_norm=self._max_grad_norm
+                gradients=gradients,
+                settings=cache(
+                    self._settings
+                ),  # a repeated push says the same max_grad_norm=self._max_grad_norm
             )
             if not session.step(push):
                 log.info(

@@ -348,6 +348,8 @@ class Engine:
         """Has a slice find out what an exchange needs, while nobody adds to it."""
         with self._turn:
             self._turn.wait_for(lambda: index not in self._busy)
+            if not self._rounds.wants(measure):
+                return []  # the generation has changed, and the slice may be elsewhere
             self._busy.add(index)
         with self._working_on(index):
             finding = self._held().measure(index, measure.exchange, measure.draft)

@@ -135,9 +135,13 @@ class Exchanges:
         self._full.update(found)
         return self._go_on(found)
 
+    def wants(self, measure: Measure) -> bool:
+        """Whether the exchange that a measure is for is still at hand."""
+        return self.record is None and measure.draft is self._draft
+
     def measured(self, measure: Measure, findings: Mapping[int, Finding]) -> list[Instruction]:
         """What was asked for has been found; ignored where it is no longer wanted."""
-        if measure.draft is not self._draft:
+        if not self.wants(measure):
             return []
         for index, finding in findings.items():
             self._findings[index] = finding

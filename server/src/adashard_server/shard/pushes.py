@@ -34,8 +34,8 @@ def check_push(begin: Begin, spec: JobSpec, step_counts: Sequence[int]) -> None:
     needed: dict[int, set[int]] = {}
     for parameter, count in zip(spec.parameters, step_counts, strict=True):
         needed.setdefault(parameter.group, set()).add(count + 1)
-    for group, counts in needed.items():
-        _check_group(begin.groups[group], counts)
+    for group, step in enumerate(begin.groups):
+        _check_group(step, needed.get(group, set()))
 
 
 def check_formats(begin: Begin, spec: JobSpec) -> None:

@@ -263,9 +263,14 @@ class Rounds:
 
     # --- the round ------------------------------------------------------------------------------
 
+    def wants(self, measure: Measure) -> bool:
+        """Whether what is asked of slices is still to be found: in this generation and exchange."""
+        exchanges = self._exchanges
+        return self.opened and exchanges is not None and exchanges.wants(measure)
+
     def measured(self, measure: Measure, findings: Mapping[int, Finding]) -> list[Instruction]:
         """What was asked of slices has been found; ignored where it is no longer wanted."""
-        if not self.opened or self._owed or self._exchanges is None:
+        if self._exchanges is None or not self.wants(measure):
             return []
         return self._decided(self._exchanges.measured(measure, findings))
 

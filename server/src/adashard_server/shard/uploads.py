@@ -48,8 +48,11 @@ class Upload:
         if run.content not in counts:
             raise InvalidFrame(f"slice {run.slice} has no {run.content.name.lower()} here")
         came, count = self._came.get((run.slice, run.content), 0), counts[run.content]
-        if run.start != came or came + run.count > count:
-            raise InvalidFrame(f"slice {run.slice} goes on at element {came}, not {run.start}")
+        if run.start != came or run.count < 1 or came + run.count > count:
+            raise InvalidFrame(
+                f"slice {run.slice} goes on at element {came} of {count}, not with {run.count} "
+                f"from {run.start}"
+            )
         self._came[run.slice, run.content] = came + run.count
         tensors = self._torn.setdefault(run.slice, {})
         if run.content not in tensors:
