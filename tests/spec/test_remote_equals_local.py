@@ -61,7 +61,11 @@ def as_in_trainer(params):
     """`optim="adafactor"` of transformers' Trainer, which bounds the norm of the gradient first."""
     params = list(params)
     made = transformers.Adafactor(params, lr=5e-5, scale_parameter=False, relative_step=False)
-    made.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_norm_(params, 1.0))
+
+    def bound(*_) -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+
+    made.register_step_pre_hook(bound)
     return made
 
 

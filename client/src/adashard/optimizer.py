@@ -119,9 +119,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         try:
             push = Push(
                 gradients=gradients,
-                settings=cache(
-                    self._settings
-                ),  # a repeated push says the same max_grad_norm=self._max_grad_norm
+                settings=cache(self._settings),  # a repeated push says the same
+                max_grad_norm=self._max_grad_norm,
             )
             if not session.step(push):
                 log.info(
