@@ -86,7 +86,7 @@ def slow_unless(often: bool) -> list[pytest.MarkDecorator]:
 @pytest.mark.parametrize(
     ("name", "shards"),
     [
-        pytest.param(name, shards, marks=slow_unless(shards == 4 or name in IN_EVERY_RUN))
+        pytest.param(name, shards, marks=slow_unless(name in IN_EVERY_RUN))
         for name in IN_FLOAT32
         for shards in SHARDS
     ],
