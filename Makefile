@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# Files of tests are spread over so many processes; 0 for this one alone, to debug in.
+TEST_PROCESSES ?= 2
 # The release that everything is tested with; a line of options for pip may follow it.
 TORCH ?= torch==2.13.0
 
@@ -30,7 +32,7 @@ demo: setup ## Train a small language model through a cluster of this machine. D
 	$(BIN)/adashard demo $(DEMO_ARGS)
 
 test: setup ## The tests, without the slow ones. TEST_ARGS='tests/shard -x'
-	$(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS)
 
 test-all: setup ## All tests, also those that take minutes or gigabytes.
 	$(BIN)/python -m pytest $(TEST_ARGS)

@@ -76,7 +76,8 @@ class Routing:
         """Writes elements that have arrived into their parameter, in place.
 
         They are rounded to nearest where the parameter's format is narrower than the one wanted.
-        A slice that does not lie in one piece takes its elements when the last has come.
+        A slice that lies in rows takes whole rows as they come; where it does not, or a run ends
+        inside one, its elements wait for the last.
 
         Args:
             run: where they belong; the runs of a slice come in order.
@@ -90,8 +91,8 @@ class Routing:
         """
         parameter = self._parameters[self._owner(run.slice)]
         self._check(run, parameter)
-        target = self._target(run, parameter)[run.start : run.start + run.count]
-        fresh = from_buffer(buffer, run.dtype).to(target.device).to(target.dtype)
+        target = self._target(run, parameter)
+        fresh = from_buffer(buffer, run.dtype).to(target.device).to(target.dtype).view(target.shape)
         same = torch.equal(target.view(torch.uint8), fresh.view(torch.uint8))
         target.copy_(fresh)
         self._unstage(run, parameter)
@@ -115,16 +116,19 @@ class Routing:
             raise InvalidFrame(f"a reply came as {run.dtype.name}, and {wanted.name} was wanted")
 
     def _target(self, run: Run, parameter: Tensor) -> Tensor:
-        """Where the elements of a slice are written, flat: itself, or a staging copy.
+        """Where the elements of a run are written: the slice itself, or a staging copy.
 
         A slice that begins anew is staged anew: of one that was broken off nothing is left.
         """
-        view = _view(parameter, self.slices[run.slice])
-        if view.is_contiguous():
-            return flat_view(view)
-        if run.start == 0 or run.slice not in self._staged:
+        view, stop = _view(parameter, self.slices[run.slice]), run.start + run.count
+        if run.start == 0:
+            self._staged.pop(run.slice, None)
+        if run.slice not in self._staged:
+            there = _elements(view, run.start, stop)
+            if there is not None:
+                return there
             self._staged[run.slice] = flat_view(view.contiguous())
-        return self._staged[run.slice]
+        return self._staged[run.slice][run.start : stop]
 
     def _unstage(self, run: Run, parameter: Tensor) -> None:
         piece = self.slices[run.slice]
@@ -148,8 +152,8 @@ class _Outgoing:
     def __init__(self, slices: Sequence[Slice], tensors: Mapping[int, Tensor]) -> None:
         self._slices, self._tensors = slices, tensors
         self._slice = -1
-        self._flat = _NOTHING
-        self._copied = False
+        self._part = _NOTHING
+        self._copy: Tensor | None = None
         self._taken = 0
 
     def extents(self, index: int) -> Iterator[Extent]:
@@ -166,18 +170,22 @@ class _Outgoing:
         if index != self._slice:
             self._begin(index)
         first, self._taken = self._taken, self._taken + count
-        elements = as_buffer(self._flat[first : self._taken])
-        if self._copied and 0 < first < self._taken == self._flat.numel():
+        there = _elements(self._part, first, self._taken)
+        if there is not None:
+            return as_buffer(flat_on_cpu(there))
+        if self._copy is None:
+            self._copy = flat_on_cpu(self._part)
+        elements = as_buffer(self._copy[first : self._taken])
+        if 0 < first < self._taken == self._copy.numel():
             return memoryview(bytes(elements))  # the frame goes on, and the slice's copy may go
         return elements
 
     def _begin(self, index: int) -> None:
-        self._flat = _NOTHING  # the copy of the slice before goes first
         piece = self._slices[index]
         tensor = self._tensors[piece.parameter]
-        part = values_within(tensor, piece) if is_sparse(tensor) else _view(tensor, piece)
-        self._flat = flat_on_cpu(part)
-        self._slice, self._copied, self._taken = index, self._flat.data_ptr() != part.data_ptr(), 0
+        self._copy = None  # of the slice before
+        self._part = values_within(tensor, piece) if is_sparse(tensor) else _view(tensor, piece)
+        self._slice, self._taken = index, 0
 
 
 _NOTHING = torch.empty(0)
@@ -187,3 +195,24 @@ def _view(tensor: Tensor, piece: Slice) -> Tensor:
     """The part of a tensor that a slice is, in its shape."""
     whole = tensor.detach()
     return whole.narrow(piece.axis, piece.start, piece.stop - piece.start) if piece.shape else whole
+
+
+def _elements(part: Tensor, start: int, stop: int) -> Tensor | None:
+    """Elements `start` to `stop` of a slice, counted row by row, where they can be viewed.
+
+    They can if the slice lies in one piece, and then the view is flat; or if it lies in rows and
+    they are whole ones, as with slices that are cut between columns. None otherwise.
+    """
+    if part.is_contiguous():
+        return flat_view(part)[start:stop]
+    width = part.shape[-1]
+    if start % width or stop % width or part.stride(-1) != 1 or not _in_rows(part):
+        return None
+    rows = part.as_strided((part.numel() // width, width), (part.stride(-2), 1))
+    return rows[start // width : stop // width]
+
+
+def _in_rows(part: Tensor) -> bool:
+    """Whether all rows of a tensor lie one behind the other at one distance."""
+    shape, strides = part.shape, part.stride()
+    return all(strides[at] == shape[at + 1] * strides[at + 1] for at in range(part.dim() - 2))
