@@ -93,7 +93,8 @@ class Routing:
         self._check(run, parameter)
         target = self._target(run, parameter)
         fresh = from_buffer(buffer, run.dtype).to(target.device).to(target.dtype).view(target.shape)
-        same = torch.equal(target.view(torch.uint8), fresh.view(torch.uint8))
+        bits = _BITS[target.element_size()]  # -0 is not 0, and NaN is itself
+        same = torch.equal(target.view(bits), fresh.view(bits))
         target.copy_(fresh)
         self._unstage(run, parameter)
         return same
@@ -189,6 +190,7 @@ class _Outgoing:
 
 
 _NOTHING = torch.empty(0)
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _view(tensor: Tensor, piece: Slice) -> Tensor:
