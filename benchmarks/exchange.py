@@ -18,7 +18,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,8 +33,7 @@ import adashard
 from adashard.wire import codec
 from adashard_server import LocalCluster
 from adashard_server.optim.kernels import cpu
-from adashard_server.rpc.peer_client import GrpcExchange
-from adashard_server.rpc.peer_service import PeerService
+from adashard_server.shard.exchange import MemoryExchange
 from adashard_server.shard.rounds import Rounds
 from adashard_server.shard.slices import SliceStore
 
@@ -95,14 +94,14 @@ def measure_step(rounds: int) -> dict[str, float]:
 def measure_bytes() -> dict[str, float]:
     """Bytes of all reports of a step, counted as they are sent, against one worker's push."""
     sent: list[int] = []
-    send = GrpcExchange.send
+    send = MemoryExchange.send
 
-    def counting(self: GrpcExchange, peer: Any, request: Any, deliver: Any) -> None:
+    def counting(self: MemoryExchange, peer: Any, request: Any, deliver: Any) -> None:
         sent.append(codec.to_proto(request).ByteSize())
         send(self, peer, request, deliver)
 
     with (
-        mock.patch.object(GrpcExchange, "send", counting),
+        mock.patch.object(MemoryExchange, "send", counting),
         LocalCluster(shards=SHARDS, in_process=True) as cluster,
     ):
         model = Model(cluster, "bytes", GPT2_SMALL, SPLIT)
@@ -134,44 +133,45 @@ def measure_processor(rounds: int) -> dict[str, float]:
 
 @contextmanager
 def cpu_counted() -> Iterator[list[float]]:
-    """Collects CPU seconds that threads spend in measuring, updating, deciding and reporting."""
+    """Collects CPU seconds that threads spend in measuring, updating, deciding and reporting.
+
+    Passes are made one at a time: shards of one machine that make theirs together wait for its
+    memory, and shards of several machines do not.
+    """
     counted: list[float] = []
     inside = set[int]()
+    one_at_a_time = threading.Lock()
 
-    def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(function: Callable[..., Any], lock: Any) -> Callable[..., Any]:
         def timed(*arguments: Any, **named: Any) -> Any:
             thread = threading.get_ident()
             if thread in inside:
                 return function(*arguments, **named)
             inside.add(thread)
-            began = time.thread_time()
             try:
-                return function(*arguments, **named)
+                with lock:
+                    began = time.thread_time()
+                    try:
+                        return function(*arguments, **named)
+                    finally:
+                        counted.append(time.thread_time() - began)
             finally:
-                counted.append(time.thread_time() - began)
                 inside.discard(thread)
 
         return timed
 
     targets = (
-        (SliceStore, "measure"),
-        (SliceStore, "apply"),
-        (Rounds, "measured"),
-        (Rounds, "exchange"),
-        (GrpcExchange, "send"),
-        (GrpcExchange, "_answered"),
-        (PeerService, "Exchange"),
+        (SliceStore, "measure", one_at_a_time),
+        (SliceStore, "apply", one_at_a_time),
+        (Rounds, "measured", nullcontext()),
+        (Rounds, "exchange", nullcontext()),
+        (MemoryExchange, "send", nullcontext()),
     )
-    patches = [
-        mock.patch.object(owner, name, wrapped(getattr(owner, name))) for owner, name in targets
-    ]
-    for patch in patches:
-        patch.start()
-    try:
+    with ExitStack() as patches:
+        for owner, name, lock in targets:
+            timed = wrapped(getattr(owner, name), lock)
+            patches.enter_context(mock.patch.object(owner, name, timed))
         yield counted
-    finally:
-        for patch in patches:
-            patch.stop()
 
 
 def measure_order(rounds: int) -> dict[str, dict[str, float]]:
