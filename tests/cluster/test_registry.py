@@ -31,6 +31,7 @@ from adashard.wire.errors import (
     VersionSkew,
 )
 from adashard.wire.messages import Entry, Lineage, Member
+from adashard.wire.placement import cut
 from adashard.wire.spec import AdafactorLayout, Group, JobSpec, Parameter
 from adashard_server.cluster.redis_registry import SCHEMA, RedisRegistry
 from adashard_server.cluster.registry import ABSENT, MemoryRegistry, Registry, identity_of
@@ -383,6 +384,13 @@ class TestRedis:
         raw.hset(key("entries"), "job", damaged)
         with pytest.raises(JobLost, match="holds of job 'job' cannot be read"):
             registry.read("job")
+
+    def test_a_placement_of_other_slices_than_the_job_has_is_refused(self, registry: RedisRegistry):
+        shards = (Member(id="s0"),)
+        placed = entry("placed", shards=shards, placement=(0,) * (len(cut(SPEC)) + 1))
+        assert registry.swap(placed, expected=ABSENT)
+        with pytest.raises(JobLost, match=r"'placed' cannot be used: a placement of \d+ slices"):
+            registry.read("placed")
 
     def test_a_server_that_is_gone_is_named_without_the_password(self, own_redis):
         own_redis.stop()

@@ -51,7 +51,9 @@ from adashard.wire.errors import (
     VersionSkew,
 )
 from adashard.wire.messages import Entry
+from adashard.wire.placement import cut
 from adashard.wire.plain import from_plain, to_plain
+from adashard_server.cluster.planner import check_placement
 from adashard_server.cluster.registry import EVENTS_KEPT, Identity, Registry, refuse_unnamed
 from adashard_server.cluster.statistics import Event
 
@@ -118,11 +120,15 @@ class RedisRegistry(Registry):
 
         Raises:
             VersionSkew: a newer version of adashard has written it.
-            JobLost: it is damaged.
+            JobLost: it is damaged, or places other slices than the job has.
         """
         with _in_our_words(self.address):
             packed: Any = self._client.hget(self._entries, job)
-        return None if packed is None else _unpacked(Entry, packed, f"job {job!r}")
+        if packed is None:
+            return None
+        entry = _unpacked(Entry, packed, f"job {job!r}")
+        _refuse_misplaced(entry)
+        return entry
 
     def swap(self, entry: Entry, *, expected: Identity) -> bool:
         """As `Registry.swap`."""
@@ -247,6 +253,20 @@ def _unpacked(kind: type[T], packed: bytes, what: str) -> T:
         f"and this version reads up to {SCHEMA}",
         remedy="Start a coordinator of that version or newer.",
     )
+
+
+def _refuse_misplaced(entry: Entry) -> None:
+    """Refuses a placement that was made of other slices: by a version that cuts in another way."""
+    if not entry.placement:
+        return  # nothing has been placed yet
+    slices = len(cut(entry.spec))
+    try:
+        check_placement(entry.placement, slice_count=slices, shard_count=len(entry.shards))
+    except ValueError as error:
+        raise JobLost(
+            f"what the registry holds of job {entry.job!r} cannot be used: {error}",
+            remedy="Start the version that it was begun with, or choose another job=.",
+        ) from error
 
 
 # --- when it does not work -----------------------------------------------------------------------
