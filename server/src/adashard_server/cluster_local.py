@@ -184,6 +184,8 @@ class ServerProcess:
         line = _first_line(self._child.stdout, START_S)
         said = json.loads(line) if line else {}
         if "error" in said:
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(STOP_S)  # it ends by itself, with an exit code of its own
             self.stop()
             raise from_info(ErrorInfo(**said["error"]))
         if not said:
