@@ -9,7 +9,7 @@ Over the wire an error is (reason, message, remedy, facts); `from_info` finds th
     │   ├── InvalidSettings        hyper-parameters that contradict each other
     │   ├── InvalidFrame           a frame that is malformed, truncated or over a limit
     │   └── UnsupportedParameter   a parameter that cannot be trained here
-    ├── InvalidGradient      400   a gradient that is not finite, of another shape, or not dense or in rows
+    ├── InvalidGradient      400   a gradient that is not finite, or not dense or in rows
     ├── UnknownJob           404
     ├── LeaseExpired         404   the session is no longer part of the job
     ├── JobExists            409   the job exists and this call must not join it
@@ -112,7 +112,7 @@ class UnsupportedParameter(InvalidRequest):
 
 
 class InvalidGradient(AdashardError):
-    """A gradient that is not finite, or neither dense nor sparse in rows. The weights are untouched."""
+    """A gradient that is not finite, or not dense or in rows. The weights are untouched."""
 
     code = Code.INVALID_ARGUMENT
     http_status = 400
