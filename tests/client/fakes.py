@@ -12,22 +12,10 @@ from tests.shard import jobs
 from tests.shard.tables import piece
 from torch import Tensor
 
+from adashard.wire.control import Bye, FromCoordinator, FromMember, Hello, Renewal, Welcome
 from adashard.wire.errors import AdashardError, ShardUnavailable, StaleGeneration
 from adashard.wire.frames import data_frame, leading_frame, read_frame
-from adashard.wire.messages import (
-    Acknowledge,
-    Begin,
-    Bye,
-    FromCoordinator,
-    FromMember,
-    Hello,
-    Outcome,
-    Record,
-    Renewal,
-    UploadBegin,
-    UploadReply,
-    Welcome,
-)
+from adashard.wire.messages import Acknowledge, Begin, Outcome, Record, UploadBegin, UploadReply
 from adashard.wire.tensors import from_buffer
 
 WAIT_S = 60.0

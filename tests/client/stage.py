@@ -8,7 +8,8 @@ from tests.shard import jobs
 
 from adashard.push import Push
 from adashard.session import Session
-from adashard.wire.messages import Entry, Freeze, Frozen, Member, OnExisting, Open, Opened
+from adashard.wire.control import Freeze, Frozen, OnExisting, Open, Opened
+from adashard.wire.messages import Entry, Member
 
 SPEC = jobs.spec((4,), (3,))
 

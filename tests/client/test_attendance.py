@@ -10,6 +10,7 @@ from tests.client.fakes import WAIT_S, FakeTransport
 from adashard import retry
 from adashard.transport import attendance as attendance_module
 from adashard.transport.attendance import Attendance
+from adashard.wire.control import Hello, Logged, Notice, Renewal, Welcome
 from adashard.wire.errors import (
     AdashardError,
     CannotReachServer,
@@ -17,7 +18,6 @@ from adashard.wire.errors import (
     Unauthenticated,
     VersionSkew,
 )
-from adashard.wire.messages import Hello, Logged, Notice, Renewal, Welcome
 
 
 class Member:

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 import adashard
 from adashard import Adafactor, optimizer
+from adashard.wire.control import OnExisting
 from adashard.wire.errors import (
     CannotReachServer,
     InvalidGradient,
@@ -20,7 +21,6 @@ from adashard.wire.errors import (
     InvalidSettings,
     UnsupportedParameter,
 )
-from adashard.wire.messages import OnExisting
 
 
 class FakeSession:

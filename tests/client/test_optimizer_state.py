@@ -13,13 +13,13 @@ from torch.nn import Parameter
 
 from adashard import Adafactor, optimizer
 from adashard.state import State
+from adashard.wire.control import OnExisting
 from adashard.wire.errors import (
     InvalidSettings,
     JobExists,
     LeaseExpired,
     ModelMismatch,
 )
-from adashard.wire.messages import OnExisting
 from adashard.wire.spec import AdafactorLayout, Group, JobSpec, Rounding
 from adashard.wire.spec import Parameter as Named
 

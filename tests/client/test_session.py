@@ -11,17 +11,7 @@ from tests.shard import jobs
 from tests.shard.tables import piece
 
 from adashard.push import Push
-from adashard.wire.errors import (
-    Internal,
-    InvalidFrame,
-    InvalidRequest,
-    JobExists,
-    ModelMismatch,
-    ShardUnavailable,
-)
-from adashard.wire.frames import data_frame, leading_frame
-from adashard.wire.messages import (
-    Acknowledge,
+from adashard.wire.control import (
     Bye,
     Hello,
     Logged,
@@ -33,6 +23,16 @@ from adashard.wire.messages import (
     Renewal,
     Welcome,
 )
+from adashard.wire.errors import (
+    Internal,
+    InvalidFrame,
+    InvalidRequest,
+    JobExists,
+    ModelMismatch,
+    ShardUnavailable,
+)
+from adashard.wire.frames import data_frame, leading_frame
+from adashard.wire.messages import Acknowledge
 
 pytestmark = pytest.mark.usefixtures("no_waits")
 

@@ -12,6 +12,7 @@ from tests.shard.tables import together
 
 from adashard import retry, streams
 from adashard import session as session_module
+from adashard.wire.control import Bye, Open
 from adashard.wire.errors import (
     AdashardError,
     LeaseExpired,
@@ -19,7 +20,7 @@ from adashard.wire.errors import (
     StaleGeneration,
 )
 from adashard.wire.frames import leading_frame
-from adashard.wire.messages import Acknowledge, Bye, Open
+from adashard.wire.messages import Acknowledge
 
 pytestmark = pytest.mark.usefixtures("no_waits")
 

@@ -14,9 +14,10 @@ from tests.shard import jobs
 
 from adashard.push import Replies
 from adashard.state import Gathering, state_frames
+from adashard.wire.control import Hello, Open, Opened, PlanRequest
 from adashard.wire.errors import InvalidRequest, JobExists, ShardUnavailable, StaleGeneration
 from adashard.wire.frames import Frame, leading_frame, read_frame
-from adashard.wire.messages import Acknowledge, Entry, Hello, Lineage, Open, Opened, PlanRequest
+from adashard.wire.messages import Acknowledge, Entry, Lineage
 from adashard.wire.placement import cut
 from adashard.wire.spec import DType, Rounding
 

@@ -9,17 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.shard import jobs
 
+from adashard.wire.control import Frozen, Stale, Standing
 from adashard.wire.errors import Internal, InvalidFrame, StaleGeneration
-from adashard.wire.messages import (
-    Entry,
-    Frozen,
-    Lineage,
-    Outcome,
-    Record,
-    Run,
-    Stale,
-    Standing,
-)
+from adashard.wire.messages import Entry, Lineage, Outcome, Record, Run
 from adashard.wire.placement import cut
 from adashard.wire.spec import DType
 from adashard.worker import Worker

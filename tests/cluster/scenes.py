@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from adashard.wire.messages import Entry, Frozen, FullSums, Opened, Planned, Record, Standing
+from adashard.wire.control import Frozen, FullSums, Opened, Planned, Standing
+from adashard.wire.messages import Entry, Record
 from adashard.wire.spec import AdafactorLayout, Group, JobSpec, Parameter
 from adashard_server.cluster.instructions import Announce, Instruction, Swap, Tell
 from adashard_server.cluster.membership import Membership, Phase, Surroundings

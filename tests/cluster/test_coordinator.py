@@ -7,27 +7,13 @@ from dataclasses import replace
 import pytest
 from tests.cluster.scenes import SPEC, announced, told
 
-from adashard.wire.errors import (
-    AdashardError,
-    InvalidRequest,
-    JobExists,
-    LeaseExpired,
-    ModelMismatch,
-    Overloaded,
-    Unauthenticated,
-    VersionSkew,
-    from_info,
-)
-from adashard.wire.messages import (
-    Entry,
+from adashard.wire.control import (
     Freeze,
     FromMember,
     Frozen,
     Hello,
     Holding,
-    Lineage,
     Logged,
-    Member,
     OnExisting,
     Open,
     Opened,
@@ -40,6 +26,18 @@ from adashard.wire.messages import (
     Welcome,
     WorkerHello,
 )
+from adashard.wire.errors import (
+    AdashardError,
+    InvalidRequest,
+    JobExists,
+    LeaseExpired,
+    ModelMismatch,
+    Overloaded,
+    Unauthenticated,
+    VersionSkew,
+    from_info,
+)
+from adashard.wire.messages import Entry, Lineage, Member
 from adashard.wire.spec import JobSpec, Parameter
 from adashard.wire.version import VERSION
 from adashard_server.cluster import coordinator as module

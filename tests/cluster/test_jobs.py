@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from adashard.wire.control import OnExisting, WorkerHello
 from adashard.wire.errors import (
     InvalidRequest,
     JobExists,
@@ -14,7 +15,7 @@ from adashard.wire.errors import (
     Overloaded,
     UnsupportedParameter,
 )
-from adashard.wire.messages import Lineage, Member, OnExisting, WorkerHello
+from adashard.wire.messages import Lineage, Member
 from adashard.wire.placement import CLUSTER_DEFAULT, WORKERS_MAX
 from adashard.wire.spec import AdafactorLayout, Group, JobSpec, Parameter
 from adashard_server.cluster.jobs import (

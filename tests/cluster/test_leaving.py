@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from tests.cluster.scenes import Scene, announced, told
 
+from adashard.wire.control import Bye, Open
 from adashard.wire.errors import from_info
-from adashard.wire.messages import Bye, Member, Open
+from adashard.wire.messages import Member
 from adashard_server.cluster.instructions import HangUp, Swap
 from adashard_server.cluster.membership import Phase
 

@@ -7,18 +7,9 @@ from dataclasses import replace
 import pytest
 from tests.cluster.scenes import SPEC, Scene, told
 
+from adashard.wire.control import Hello, OnExisting, PlanRequest, ShardHello, WorkerHello
 from adashard.wire.errors import JobExists
-from adashard.wire.messages import (
-    Hello,
-    Lineage,
-    OnExisting,
-    Outcome,
-    PlanRequest,
-    Record,
-    ShardHello,
-    Source,
-    WorkerHello,
-)
+from adashard.wire.messages import Lineage, Outcome, Record, Source
 from adashard.wire.version import VERSION
 from adashard_server.cluster.coordinator import Coordinator
 from adashard_server.cluster.instructions import Swap

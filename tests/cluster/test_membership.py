@@ -9,13 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.cluster.scenes import SPEC, Scene, announced, told
 
-from adashard.wire.errors import from_info
-from adashard.wire.messages import (
+from adashard.wire.control import (
     Bye,
-    Entry,
     Freeze,
     Frozen,
-    Lineage,
     Notice,
     Open,
     Opened,
@@ -23,6 +20,8 @@ from adashard.wire.messages import (
     PlanRequest,
     Standing,
 )
+from adashard.wire.errors import from_info
+from adashard.wire.messages import Entry, Lineage
 from adashard_server.cluster.instructions import HangUp, StepDown, Swap
 from adashard_server.cluster.membership import REPEAT_S, Membership, Phase
 

@@ -7,17 +7,8 @@ from collections.abc import Mapping, Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adashard.wire.messages import (
-    Entry,
-    Frozen,
-    FullSums,
-    Lineage,
-    Member,
-    Outcome,
-    Plan,
-    Record,
-    Source,
-)
+from adashard.wire.control import Frozen, FullSums
+from adashard.wire.messages import Entry, Lineage, Member, Outcome, Plan, Record, Source
 from adashard.wire.spec import AdafactorLayout, Group, JobSpec, Parameter
 from adashard_server.cluster.recovery import Lost, reconcile
 

@@ -5,7 +5,7 @@ import random
 import threading
 from dataclasses import dataclass, field, replace
 
-from adashard.wire.messages import Logged, StepSummary
+from adashard.wire.control import Logged, StepSummary
 from adashard_server.cluster.statistics import (
     ClusterStatistics,
     Event,

@@ -5,8 +5,8 @@ from contextlib import ExitStack
 import pytest
 from tests.http.fakes import a_job, a_worker, an_event
 
+from adashard.wire.control import Logged
 from adashard.wire.errors import Overloaded
-from adashard.wire.messages import Logged
 from adashard_server.http.events import POINTS_MAX, resume_after, watch
 from adashard_server.http.streams import Streams
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.http.conftest import client_of
 from tests.http.fakes import FakeView, a_job
 
-from adashard.wire.messages import Logged
+from adashard.wire.control import Logged
 from adashard_server.http.app import create_app
 from adashard_server.telemetry.history import History
 from adashard_server.telemetry.metrics import Metrics

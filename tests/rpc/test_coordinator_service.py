@@ -13,8 +13,7 @@ from grpc import aio
 from tests.shard import jobs
 
 from adashard.wire import codec
-from adashard.wire.errors import InvalidRequest, PortInUse, Unauthenticated, VersionSkew, from_info
-from adashard.wire.messages import (
+from adashard.wire.control import (
     Bye,
     Freeze,
     Hello,
@@ -25,6 +24,7 @@ from adashard.wire.messages import (
     Welcome,
     WorkerHello,
 )
+from adashard.wire.errors import InvalidRequest, PortInUse, Unauthenticated, VersionSkew, from_info
 from adashard.wire.v1 import coordinator_pb2
 from adashard.wire.v1.coordinator_pb2 import AttendRequest, AttendResponse
 from adashard.wire.version import VERSION

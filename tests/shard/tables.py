@@ -12,21 +12,16 @@ import torch
 from tests.shard import jobs
 from torch import Tensor
 
+from adashard.wire.control import Freeze, Frozen, Open, Planned, PlanRequest, StepSummary
 from adashard.wire.frames import read_frame
 from adashard.wire.messages import (
     Acknowledge,
     Begin,
     Content,
     Entry,
-    Freeze,
-    Frozen,
-    Open,
     Plan,
-    Planned,
-    PlanRequest,
     Record,
     Run,
-    StepSummary,
     UploadBegin,
 )
 from adashard.wire.tensors import as_buffer, flat_on_cpu, from_buffer, torch_dtype, wire_dtype

@@ -20,8 +20,9 @@ from tests.shard.tables import (
     watched,
 )
 
+from adashard.wire.control import Freeze, Open, PlanRequest
 from adashard.wire.errors import InvalidFrame, StaleGeneration
-from adashard.wire.messages import Freeze, Open, PlanRequest, Run, UploadBegin
+from adashard.wire.messages import Run, UploadBegin
 from adashard.wire.spec import DType
 from adashard_server.shard.engine import Engine
 from adashard_server.shard.slices import SliceStore

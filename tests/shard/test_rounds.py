@@ -9,8 +9,9 @@ from tests.shard import jobs
 from tests.shard.clusters import Cluster, Node
 from tests.shard.pushers import COUNTS, SPEC, Pusher, act_until_done, dice, opened, presences
 
+from adashard.wire.control import Frozen, FullSums, Stale
 from adashard.wire.errors import StaleGeneration
-from adashard.wire.messages import Exchange, Frozen, FullSums, Outcome, Stale
+from adashard.wire.messages import Exchange, Outcome
 from adashard_server.shard.instructions import Add, Wait
 
 # --- sums ----------------------------------------------------------------------------------------

@@ -11,13 +11,8 @@ from tests.shard import jobs
 from tests.shard.clusters import Cluster, Node
 from tests.shard.pushers import SPEC, bounds, dice, entries, opened, presences
 
-from adashard.wire.messages import (
-    Exchange,
-    Frozen,
-    FullSums,
-    Outcome,
-    Report,
-)
+from adashard.wire.control import Frozen, FullSums
+from adashard.wire.messages import Exchange, Outcome, Report
 from adashard.wire.placement import Node as Subtree
 from adashard.wire.placement import cut
 from adashard_server.shard.instructions import Send

@@ -18,7 +18,8 @@ from tests.shard.models import STEPS, Case, cases
 from tests.shard.trainings import Push, Training, same, whole
 from torch import Tensor
 
-from adashard.wire.messages import AdafactorStep, Outcome, StepSummary
+from adashard.wire.control import StepSummary
+from adashard.wire.messages import AdafactorStep, Outcome
 from adashard.wire.placement import cut, factored_axes
 from adashard.wire.spec import AdafactorLayout, EpsPlacement
 from adashard_server.optim import adafactor

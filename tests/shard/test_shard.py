@@ -10,22 +10,19 @@ import torch
 from tests.shard import jobs
 from tests.shard.tables import Table, push, talked, together, watched
 
-from adashard.wire.errors import Draining, InvalidRequest, StaleGeneration
-from adashard.wire.messages import (
+from adashard.wire.control import (
     Bye,
-    Exchange,
-    ExchangeRequest,
     Freeze,
     Open,
     Opened,
-    Partial,
     Planned,
     PlanRequest,
-    Report,
     Stale,
     Standing,
     StepSummary,
 )
+from adashard.wire.errors import Draining, InvalidRequest, StaleGeneration
+from adashard.wire.messages import Exchange, ExchangeRequest, Partial, Report
 
 SPEC = jobs.spec((4,), (3,))
 WEIGHTS = {0: torch.ones(4), 1: torch.ones(3)}

@@ -10,7 +10,8 @@ from tests.sim.history import Gradient, History, Violation
 from tests.sim.shard import SimShard
 from tests.sim.worker import SimWorker
 
-from adashard.wire.messages import Bye, Entry, ExchangeRequest, FromCoordinator, Run
+from adashard.wire.control import Bye, FromCoordinator
+from adashard.wire.messages import Entry, ExchangeRequest, Run
 from adashard.wire.placement import SLICE_BYTES_MIN, cut
 from adashard.wire.spec import AdafactorLayout, DType, EpsPlacement, Group, JobSpec, Parameter
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, cast
 from tests.sim.clockwork import END, Broken, Loop, Process, Stream, Task
 from tests.sim.history import Violation
 
+from adashard.wire.control import FromMember, Hello
 from adashard.wire.errors import AdashardError
-from adashard.wire.messages import FromMember, Hello
 from adashard_server.cluster.coordinator import Coordinator, refusal
 from adashard_server.cluster.instructions import (
     Announce,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from tests.sim.clockwork import END, Broken, Loop, Process, Stream, Task
 
-from adashard.wire.messages import FromCoordinator, FromMember, Hello, Renewal
+from adashard.wire.control import FromCoordinator, FromMember, Hello, Renewal
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster

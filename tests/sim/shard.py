@@ -9,28 +9,30 @@ from tests.sim.clockwork import END, Broken, Loop, Stream, Task
 from tests.sim.history import Gradient, History, Step, Sum, Violation
 from tests.sim.member import Member
 
+from adashard.wire.control import (
+    Freeze,
+    FromCoordinator,
+    Hello,
+    Open,
+    Opened,
+    Planned,
+    PlanRequest,
+    Renewal,
+    ShardHello,
+    Stale,
+    Standing,
+)
 from adashard.wire.errors import AdashardError, StaleGeneration
 from adashard.wire.messages import (
     Begin,
     Exchange,
     ExchangeRequest,
     ExchangeResponse,
-    Freeze,
-    FromCoordinator,
-    Hello,
-    Open,
-    Opened,
     Outcome,
     Plan,
-    Planned,
-    PlanRequest,
     Record,
-    Renewal,
     Report,
     Run,
-    ShardHello,
-    Stale,
-    Standing,
     UploadBegin,
 )
 from adashard.wire.spec import DType

@@ -9,9 +9,10 @@ import torch
 from tests.shard import jobs
 from tests.shard.clusters import Node
 
+from adashard.wire.control import Freeze, Frozen, Open, PlanRequest
 from adashard.wire.errors import StaleGeneration
 from adashard.wire.frames import read_frame
-from adashard.wire.messages import Entry, Freeze, Frozen, Open, Plan, PlanRequest, Run, UploadBegin
+from adashard.wire.messages import Entry, Plan, Run, UploadBegin
 from adashard.wire.placement import cut
 from adashard.wire.spec import DType
 from adashard.worker import Worker

@@ -9,7 +9,8 @@ import pytest
 from tests.sim.cluster import Cluster
 from tests.sim.history import Violation
 
-from adashard.wire.messages import Begin, Entry, Exchange, Frozen, Member, Plan, Report, Stale
+from adashard.wire.control import Frozen, Stale
+from adashard.wire.messages import Begin, Entry, Exchange, Member, Plan, Report
 from adashard.worker import Worker
 from adashard_server.cluster.instructions import Instruction
 from adashard_server.cluster.membership import Membership, Surroundings

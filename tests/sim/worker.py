@@ -10,27 +10,29 @@ from tests.sim.clockwork import END, Broken, Loop, Stream, Task
 from tests.sim.history import Gradient, History, Violation
 from tests.sim.member import Member
 
+from adashard.wire.control import (
+    Bye,
+    Freeze,
+    FromCoordinator,
+    Hello,
+    Open,
+    Opened,
+    PlanRequest,
+    Renewal,
+    WorkerHello,
+)
 from adashard.wire.errors import AdashardError, LeaseExpired, StaleGeneration, from_info
 from adashard.wire.messages import (
     Acknowledge,
     AdafactorStep,
     Begin,
-    Bye,
     Entry,
-    Freeze,
-    FromCoordinator,
     GroupStep,
-    Hello,
-    Open,
-    Opened,
     Plan,
-    PlanRequest,
     Record,
-    Renewal,
     Run,
     Schedule,
     UploadBegin,
-    WorkerHello,
 )
 from adashard.wire.placement import cut
 from adashard.wire.version import VERSION

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adashard.wire.messages import Logged, StepSummary
+from adashard.wire.control import Logged, StepSummary
 from adashard_server.telemetry import history as limits
 from adashard_server.telemetry.history import History
 from adashard_server.telemetry.points import StepPoint, merge, thin

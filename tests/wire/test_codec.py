@@ -1,4 +1,4 @@
-"""The two ends of the contract, `messages.py` and `protos/`, say the same."""
+"""The two ends of the contract, `messages.py`, `control.py` and `protos/`, say the same."""
 
 from __future__ import annotations
 
@@ -12,21 +12,17 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adashard.wire import codec, messages, spec
-from adashard.wire.errors import InvalidRequest
-from adashard.wire.messages import (
-    Begin,
+from adashard.wire import codec, control, messages, spec
+from adashard.wire.control import (
     FromCoordinator,
     FromMember,
-    GroupStep,
     Hello,
-    Outcome,
-    Record,
-    Schedule,
     ShardHello,
     Standing,
     WorkerHello,
 )
+from adashard.wire.errors import InvalidRequest
+from adashard.wire.messages import Begin, GroupStep, Outcome, Record, Schedule
 from adashard.wire.spec import AdafactorLayout, DType, FactoredAxes, Group, JobSpec
 from adashard.wire.v1 import coordinator_pb2, peer_pb2, shard_pb2, types_pb2
 
@@ -40,7 +36,7 @@ DESCRIPTORS: dict[str, Descriptor] = {
     for name, descriptor in module.DESCRIPTOR.message_types_by_name.items()
     if name not in WITHOUT_A_DATACLASS
 }
-OURS = vars(spec) | vars(messages)
+OURS = vars(spec) | vars(messages) | vars(control)
 KINDS = {
     name: kind
     for name, kind in OURS.items()

@@ -13,18 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adashard.wire import messages
+from adashard.wire import control, messages
+from adashard.wire.control import Hello, Holding, ShardHello
 from adashard.wire.errors import InvalidRequest
-from adashard.wire.messages import (
-    GroupStep,
-    Hello,
-    Holding,
-    Lineage,
-    Member,
-    Record,
-    Schedule,
-    ShardHello,
-)
+from adashard.wire.messages import GroupStep, Lineage, Member, Record, Schedule
 from adashard.wire.plain import from_plain, to_plain
 from adashard.wire.schema import Field, Form, fields_of
 from adashard.wire.spec import AdafactorLayout, EpsPlacement, Group, JobSpec, Parameter
@@ -32,7 +24,7 @@ from adashard.wire.spec import AdafactorLayout, EpsPlacement, Group, JobSpec, Pa
 KINDS = sorted(
     (
         kind
-        for kind in vars(messages).values()
+        for kind in (vars(messages) | vars(control)).values()
         if dataclasses.is_dataclass(kind) and isinstance(kind, type)
     ),
     key=lambda kind: kind.__name__,
@@ -98,7 +90,7 @@ def test_whatever_was_stored_is_read_or_refused(kind: type, data: object):
         assert isinstance(from_plain(kind, data), kind)
 
 
-@given(st.sampled_from([messages.Plan, messages.Hello, messages.Renewal]), st.data())
+@given(st.sampled_from([messages.Plan, control.Hello, control.Renewal]), st.data())
 def test_one_wrong_value_anywhere_is_read_or_refused(kind: type, data: st.DataObject):
     plain = to_plain(data.draw(instances(kind)))
     place, key = data.draw(st.sampled_from(list(_places(plain))))

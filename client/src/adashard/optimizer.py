@@ -23,6 +23,7 @@ from adashard.rows import coalesced_rows, is_sparse
 from adashard.session import Session
 from adashard.state import State, fitted
 from adashard.transport.grpc import GrpcTransport
+from adashard.wire.control import OnExisting
 from adashard.wire.errors import (
     AdashardError,
     InvalidGradient,
@@ -31,7 +32,7 @@ from adashard.wire.errors import (
     LeaseExpired,
     UnsupportedParameter,
 )
-from adashard.wire.messages import GroupStep, OnExisting
+from adashard.wire.messages import GroupStep
 from adashard.wire.placement import CLUSTER_DEFAULT, validate_spec
 from adashard.wire.spec import Group, JobSpec, Parameter, Rounding
 from adashard.wire.tensors import wire_dtype

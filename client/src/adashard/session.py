@@ -29,6 +29,21 @@ from adashard.streams import SAY_S, Streams, Talk
 from adashard.transport.attendance import CONNECT_BUDGET_S, Attendance
 from adashard.transport.base import Transport
 from adashard.uploads import Uploads
+from adashard.wire.control import (
+    Bye,
+    Freeze,
+    FromCoordinator,
+    Hello,
+    Logged,
+    Notice,
+    OnExisting,
+    Open,
+    Opened,
+    PlanRequest,
+    Renewal,
+    Welcome,
+    WorkerHello,
+)
 from adashard.wire.errors import (
     AdashardError,
     JobExists,
@@ -37,26 +52,7 @@ from adashard.wire.errors import (
     from_info,
 )
 from adashard.wire.frames import Frame
-from adashard.wire.messages import (
-    Begin,
-    Bye,
-    Entry,
-    Freeze,
-    FromCoordinator,
-    Hello,
-    Logged,
-    Member,
-    Notice,
-    OnExisting,
-    Open,
-    Opened,
-    Plan,
-    PlanRequest,
-    Record,
-    Renewal,
-    Welcome,
-    WorkerHello,
-)
+from adashard.wire.messages import Begin, Entry, Member, Plan, Record
 from adashard.wire.spec import DType, JobSpec
 from adashard.wire.version import VERSION
 from adashard.worker import Worker

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from adashard.wire.control import Frozen, Stale, Standing
 from adashard.wire.errors import Internal, InvalidFrame, StaleGeneration
-from adashard.wire.messages import Entry, Frozen, Plan, Record, Run, Stale, Standing
+from adashard.wire.messages import Entry, Plan, Record, Run
 from adashard.wire.placement import Slice, cut
 from adashard.wire.spec import JobSpec
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 
 from adashard.retry import Backoff, repeatable
 from adashard.transport.base import ControlCall, Transport
+from adashard.wire.control import FromCoordinator, FromMember, Hello, Renewal, Welcome
 from adashard.wire.errors import AdashardError, CannotReachServer, Internal
-from adashard.wire.messages import FromCoordinator, FromMember, Hello, Renewal, Welcome
 
 log = logging.getLogger("adashard.membership")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from adashard.wire.messages import FromCoordinator, FromMember, UploadReply
+from adashard.wire.control import FromCoordinator, FromMember
+from adashard.wire.messages import UploadReply
 
 
 class Call(Protocol):

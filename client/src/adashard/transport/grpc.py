@@ -9,6 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import grpc
 
 from adashard.wire import codec
+from adashard.wire.control import FromCoordinator, FromMember
 from adashard.wire.errors import (
     AdashardError,
     CannotReachServer,
@@ -20,7 +21,7 @@ from adashard.wire.errors import (
     from_info,
 )
 from adashard.wire.frames import FRAME_BYTES_MAX
-from adashard.wire.messages import ErrorInfo, FromCoordinator, FromMember, UploadReply
+from adashard.wire.messages import ErrorInfo, UploadReply
 from adashard.wire.v1 import shard_pb2, types_pb2
 from adashard.wire.v1.coordinator_pb2_grpc import CoordinatorServiceStub
 

@@ -14,9 +14,9 @@ from typing import Any, TypeVar, overload
 
 from google.protobuf.message import Message
 
-from adashard.wire import messages, spec
+from adashard.wire import control, messages, spec
+from adashard.wire.control import FromCoordinator, FromMember
 from adashard.wire.errors import InvalidRequest
-from adashard.wire.messages import FromCoordinator, FromMember
 from adashard.wire.schema import Field, Form, fields_of
 from adashard.wire.v1 import coordinator_pb2, peer_pb2, shard_pb2, types_pb2
 
@@ -26,7 +26,7 @@ AttendResponse = coordinator_pb2.AttendResponse
 T = TypeVar("T")
 
 # Dataclass to generated class, for all messages that have both.
-_OURS = vars(spec) | vars(messages)
+_OURS = vars(spec) | vars(messages) | vars(control)
 _GENERATED: dict[type[Any], type[Message]] = {
     _OURS[name]: getattr(module, name)
     for module in (types_pb2, shard_pb2, peer_pb2, coordinator_pb2)
@@ -106,7 +106,7 @@ def unpack(packed: AttendRequest | AttendResponse) -> FromMember | FromCoordinat
 def _envelopes() -> dict[type[Any], tuple[type[AttendRequest | AttendResponse], str]]:
     """For each message of the control stream, the message around it and its field there."""
     return {
-        getattr(messages, field.message_type.name): (envelope, field.name)
+        _OURS[field.message_type.name]: (envelope, field.name)
         for envelope in (AttendRequest, AttendResponse)
         for field in envelope.DESCRIPTOR.oneofs_by_name["kind"].fields
         if field.message_type

@@ -41,15 +41,6 @@ class Content(enum.IntEnum):
     MOMENTUM = 5
 
 
-class OnExisting(enum.IntEnum):
-    """What a worker wants when its job exists already."""
-
-    UNSPECIFIED = 0
-    RESUME = 1
-    REPLACE = 2
-    ERROR = 3
-
-
 # --- what a step is ------------------------------------------------------------------------------
 
 
@@ -122,6 +113,15 @@ class Run:
     count: int
     dtype: DType
     content: Content = Content.WEIGHT
+    checksum: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How much of a worker's gradient of one slice is in the sum."""
+
+    slice: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +145,7 @@ class Begin:
     rounding: Rounding = Rounding.NEAREST
     seed: int = 0
     state: bool = False
+    not_finite: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +154,7 @@ class Acknowledge:
 
     version: int
     complete: bool = False
+    progress: tuple[Progress, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +219,7 @@ class Lineage:
     origin: str
     base_version: int = 0
     fingerprint: str = ""
+    checkpoint: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,6 +265,7 @@ class Plan:
     base: int
     record: Record | None = None
     sources: tuple[Source, ...] = ()
+    behind: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,201 +276,3 @@ class ErrorInfo:
     message: str
     remedy: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
-
-
-# --- control stream: member to coordinator -------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerHello:
-    """A worker that wants to take part in a job."""
-
-    job: str
-    spec: JobSpec
-    on_existing: OnExisting = OnExisting.RESUME
-    generation: int = 0
-    version: int = 0
-    fingerprint: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardHello:
-    """A shard that offers room."""
-
-    address: str
-    device: str = "cpu"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hello:
-    """First message of a member: who it is, and which version it speaks."""
-
-    id: str
-    version: str
-    host: str
-    pid: int
-    token: str = ""
-    worker: WorkerHello | None = None
-    shard: ShardHello | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
-    """Where a member stands in one job."""
-
-    job: str
-    generation: int
-    version: int
-    leaving: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Holding:
-    """What a shard holds of a job, in bytes."""
-
-    job: str
-    weight_bytes: int
-    state_bytes: Mapping[str, int] = field(default_factory=dict)
-    refused_report_count: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Renewal:
-    """Says that the member is alive, and where it stands."""
-
-    standings: tuple[Standing, ...] = ()
-    broken_links: tuple[str, ...] = ()
-    draining: bool = False
-    holdings: tuple[Holding, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FullSums:
-    """Sums that a shard holds complete."""
-
-    step: int
-    workers: tuple[str, ...]
-    slices: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Frozen:
-    """Answers `Freeze`: what the member holds; nothing older is accepted any more."""
-
-    job: str
-    generation: int
-    lineage: int = 0
-    slices: tuple[int, ...] = ()
-    versions: tuple[int, ...] = ()
-    sums: tuple[FullSums, ...] = ()
-    record: Record | None = None
-    fresh: bool = False
-    complete: bool = False
-    leaving: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
-    """Every slice placed on this shard is at its target."""
-
-    job: str
-    generation: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Opened:
-    """The member has opened the generation."""
-
-    job: str
-    generation: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stale:
-    """The member has promised a higher generation."""
-
-    job: str
-    promised: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepSummary:
-    """Numbers of one step on one shard, for people."""
-
-    job: str
-    step: int
-    phase_s: Mapping[str, float] = field(default_factory=dict)
-    duration_s: float = 0.0
-    gradient_squared_sum: float = 0.0
-    update_squared_sum: float = 0.0
-    element_count: int = 0
-    clip_ratio: float = 1.0
-    lr_requested: float = 0.0
-    lr_applied: float = 0.0
-    pushed_bytes: int = 0
-    pulled_bytes: int = 0
-    skipped: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Logged:
-    """What a worker's loop reports."""
-
-    job: str
-    step: int
-    values: Mapping[str, float] = field(default_factory=dict)
-
-
-# --- control stream: coordinator to member -------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Welcome:
-    """Answers `Hello`."""
-
-    version: str
-    lease_s: float
-    renew_s: float
-    job_version: int = -1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Freeze:
-    """First moment of a change of generation."""
-
-    entry: Entry
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanRequest:
-    """Second moment: bring the slices to where the plan says."""
-
-    plan: Plan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Open:
-    """Third moment: go on from here."""
-
-    plan: Plan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bye:
-    """The member is no longer part of the job, or never will be."""
-
-    job: str
-    generation: int
-    error: ErrorInfo | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Notice:
-    """Something worth a line in the member's log."""
-
-    job: str
-    text: str
-
-
-FromMember = Hello | Renewal | Frozen | Planned | Opened | Stale | StepSummary | Logged
-FromCoordinator = Welcome | Freeze | PlanRequest | Open | Bye | Notice

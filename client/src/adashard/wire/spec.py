@@ -53,6 +53,14 @@ class WeightDecayMode(enum.IntEnum):
     PLAIN = 3
 
 
+class Recovery(enum.IntEnum):
+    """Where the state of a dead shard comes from: the workers' memory, or a checkpoint."""
+
+    UNSPECIFIED = 0
+    WORKERS = 1
+    CHECKPOINT = 2
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdafactorLayout:
     """What makes up Adafactor's state of a group; fixed for the job's life."""
@@ -87,3 +95,4 @@ class JobSpec:
     groups: tuple[Group, ...]
     slice_bytes: int
     min_workers: int
+    recovery: Recovery = Recovery.WORKERS

@@ -9,8 +9,9 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from adashard.wire.control import Logged, StepSummary
 from adashard.wire.errors import AdashardError
-from adashard.wire.messages import Entry, Logged, StepSummary
+from adashard.wire.messages import Entry
 from adashard.wire.version import VERSION
 from adashard_server.cluster.coordinator import REPLACED, Coordinator
 from adashard_server.cluster.instructions import Announce

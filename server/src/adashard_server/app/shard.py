@@ -13,17 +13,18 @@ import torch
 
 from adashard.transport.attendance import Attendance
 from adashard.transport.grpc import GrpcTransport
-from adashard.wire.errors import AdashardError, from_info
-from adashard.wire.messages import (
+from adashard.wire.control import (
     Bye,
     FromCoordinator,
     Hello,
     Notice,
     Planned,
     ShardHello,
+    SnapshotRequest,
     StepSummary,
     Welcome,
 )
+from adashard.wire.errors import AdashardError, from_info
 from adashard.wire.version import VERSION
 from adashard_server.config import ShardSettings, check_device
 from adashard_server.optim.compilation import compile_ahead
@@ -130,6 +131,8 @@ class ShardProcess:
                 log.info("%s", text)
             case Bye(job="", error=error):
                 self._failed(from_info(error) if error else AdashardError("told to end"))
+            case SnapshotRequest():
+                pass
             case _:
                 answer = self.shard.handle(message)
                 if answer is not None:

@@ -11,16 +11,8 @@ import hmac
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from adashard.wire.errors import (
-    AdashardError,
-    InvalidRequest,
-    LeaseExpired,
-    Overloaded,
-    Unauthenticated,
-)
-from adashard.wire.messages import (
+from adashard.wire.control import (
     Bye,
-    Entry,
     FromMember,
     Frozen,
     Hello,
@@ -35,6 +27,14 @@ from adashard.wire.messages import (
     Welcome,
     WorkerHello,
 )
+from adashard.wire.errors import (
+    AdashardError,
+    InvalidRequest,
+    LeaseExpired,
+    Overloaded,
+    Unauthenticated,
+)
+from adashard.wire.messages import Entry
 from adashard.wire.placement import DEFAULT_SLICE_BYTES, first_difference
 from adashard.wire.version import VERSION, check_version
 from adashard_server.cluster.instructions import Announce, Instruction, StepDown, Tell

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from adashard.wire.messages import Entry, FromCoordinator
+from adashard.wire.control import FromCoordinator
+from adashard.wire.messages import Entry
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from adashard.wire.control import OnExisting, WorkerHello
 from adashard.wire.errors import InvalidRequest, JobExists, JobLost, ModelMismatch, Overloaded
-from adashard.wire.messages import Entry, OnExisting, WorkerHello
+from adashard.wire.messages import Entry
 from adashard.wire.placement import CLUSTER_DEFAULT, WORKERS_MAX, first_difference, validate_spec
 from adashard.wire.spec import JobSpec
 from adashard_server.cluster.membership import FRESH, Membership, Phase, Start

@@ -16,22 +16,19 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from adashard.wire.errors import AdashardError, JobLost, LeaseExpired
-from adashard.wire.messages import (
+from adashard.wire.control import (
     Bye,
-    Entry,
     Freeze,
     Frozen,
-    Lineage,
-    Member,
     Notice,
     Open,
     Opened,
-    Plan,
     Planned,
     PlanRequest,
     Standing,
 )
+from adashard.wire.errors import AdashardError, JobLost, LeaseExpired
+from adashard.wire.messages import Entry, Lineage, Member, Plan
 from adashard.wire.placement import cut
 from adashard.wire.spec import JobSpec
 from adashard_server.cluster.instructions import Announce, HangUp, Instruction, StepDown, Swap, Tell

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from adashard.wire.messages import Entry, Frozen, Plan, Record, Source
+from adashard.wire.control import Frozen
+from adashard.wire.messages import Entry, Plan, Record, Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

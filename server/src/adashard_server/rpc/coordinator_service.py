@@ -9,16 +9,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from grpc import aio
 
 from adashard.wire import codec
+from adashard.wire.control import Bye, FromCoordinator, FromMember, Hello, Logged, StepSummary
 from adashard.wire.errors import AdashardError, InvalidRequest
-from adashard.wire.messages import (
-    Bye,
-    Entry,
-    FromCoordinator,
-    FromMember,
-    Hello,
-    Logged,
-    StepSummary,
-)
+from adashard.wire.messages import Entry
 from adashard.wire.v1.coordinator_pb2 import AttendRequest, AttendResponse
 from adashard.wire.v1.coordinator_pb2_grpc import CoordinatorServiceServicer
 from adashard_server.cluster.coordinator import Coordinator, refusal

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor
 
+from adashard.wire.control import Frozen, Holding, Stale, StepSummary
 from adashard.wire.errors import AdashardError, InvalidFrame, InvalidRequest, StaleGeneration
 from adashard.wire.frames import Extent, cut_runs, data_frame
 from adashard.wire.messages import (
@@ -29,14 +30,10 @@ from adashard.wire.messages import (
     Entry,
     ExchangeRequest,
     ExchangeResponse,
-    Frozen,
-    Holding,
     Plan,
     Record,
     Report,
     Run,
-    Stale,
-    StepSummary,
     UploadBegin,
 )
 from adashard.wire.tensors import from_buffer

@@ -16,19 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from adashard.wire.control import Frozen, FullSums, Stale
 from adashard.wire.errors import InvalidFrame, InvalidRequest, StaleGeneration
 from adashard.wire.messages import (
     Acknowledge,
     Begin,
     Entry,
     Exchange,
-    Frozen,
-    FullSums,
     Outcome,
     Plan,
     Record,
     Report,
-    Stale,
 )
 from adashard.wire.placement import Slice, cut
 from adashard_server.shard.exchanges import Exchanges, Holdings, holdings

@@ -7,24 +7,26 @@ from collections.abc import Callable
 
 import torch
 
-from adashard.wire.errors import Draining, StaleGeneration
-from adashard.wire.messages import (
-    Begin,
+from adashard.wire.control import (
     Bye,
-    Entry,
-    ExchangeRequest,
-    ExchangeResponse,
     Freeze,
     Frozen,
     Open,
     Opened,
-    Plan,
     Planned,
     PlanRequest,
     Renewal,
     Stale,
     Standing,
     StepSummary,
+)
+from adashard.wire.errors import Draining, StaleGeneration
+from adashard.wire.messages import (
+    Begin,
+    Entry,
+    ExchangeRequest,
+    ExchangeResponse,
+    Plan,
     UploadBegin,
 )
 from adashard_server.shard.engine import Engine

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from adashard.wire.messages import Outcome, Record, StepSummary
+from adashard.wire.control import StepSummary
+from adashard.wire.messages import Outcome, Record
 from adashard_server.optim.adafactor import Measures
 
 

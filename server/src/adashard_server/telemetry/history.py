@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, takewhile
 
-from adashard.wire.messages import Logged, StepSummary
+from adashard.wire.control import Logged, StepSummary
 from adashard_server.telemetry.points import StepPoint, merge, thin
 
 JOBS_MAX = 64

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from adashard.wire.messages import StepSummary
+from adashard.wire.control import StepSummary
 
 _NO_VALUES: Mapping[str, float] = MappingProxyType({})
 

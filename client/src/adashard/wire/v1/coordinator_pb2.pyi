@@ -124,6 +124,7 @@ class Hello(google.protobuf.message.Message):
     TOKEN_FIELD_NUMBER: builtins.int
     WORKER_FIELD_NUMBER: builtins.int
     SHARD_FIELD_NUMBER: builtins.int
+    ENTRIES_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Its id, new at every start."""
     version: builtins.str
@@ -142,6 +143,10 @@ class Hello(google.protobuf.message.Message):
     def shard(self) -> global___ShardHello:
         """A shard."""
 
+    @property
+    def entries(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[adashard.wire.v1.types_pb2.Entry]:
+        """The newest entry of each job that it is a member of, for a coordinator that has kept none."""
+
     def __init__(
         self,
         *,
@@ -152,9 +157,10 @@ class Hello(google.protobuf.message.Message):
         token: builtins.str = ...,
         worker: global___WorkerHello | None = ...,
         shard: global___ShardHello | None = ...,
+        entries: collections.abc.Iterable[adashard.wire.v1.types_pb2.Entry] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["role", b"role", "shard", b"shard", "worker", b"worker"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["host", b"host", "id", b"id", "pid", b"pid", "role", b"role", "shard", b"shard", "token", b"token", "version", b"version", "worker", b"worker"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["entries", b"entries", "host", b"host", "id", b"id", "pid", b"pid", "role", b"role", "shard", b"shard", "token", b"token", "version", b"version", "worker", b"worker"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["role", b"role"]) -> typing.Literal["worker", "shard"] | None: ...
 
 global___Hello = Hello
@@ -467,6 +473,8 @@ class StepSummary(google.protobuf.message.Message):
     PUSHED_BYTES_FIELD_NUMBER: builtins.int
     PULLED_BYTES_FIELD_NUMBER: builtins.int
     SKIPPED_FIELD_NUMBER: builtins.int
+    NOT_FINITE_WORKERS_FIELD_NUMBER: builtins.int
+    NOT_FINITE_PARAMETERS_FIELD_NUMBER: builtins.int
     job: builtins.str
     """The job."""
     step: builtins.int
@@ -495,6 +503,14 @@ class StepSummary(google.protobuf.message.Message):
     def phase_s(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """Seconds by phase: receive, wait, exchange, apply, reply."""
 
+    @property
+    def not_finite_workers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Ids of the workers that said that their gradients were not finite."""
+
+    @property
+    def not_finite_parameters(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names of parameters whose gradient was not finite; some of them where there are many."""
+
     def __init__(
         self,
         *,
@@ -511,10 +527,141 @@ class StepSummary(google.protobuf.message.Message):
         pushed_bytes: builtins.int = ...,
         pulled_bytes: builtins.int = ...,
         skipped: builtins.bool = ...,
+        not_finite_workers: collections.abc.Iterable[builtins.str] | None = ...,
+        not_finite_parameters: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["clip_ratio", b"clip_ratio", "duration_s", b"duration_s", "element_count", b"element_count", "gradient_squared_sum", b"gradient_squared_sum", "job", b"job", "lr_applied", b"lr_applied", "lr_requested", b"lr_requested", "phase_s", b"phase_s", "pulled_bytes", b"pulled_bytes", "pushed_bytes", b"pushed_bytes", "skipped", b"skipped", "step", b"step", "update_squared_sum", b"update_squared_sum"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["clip_ratio", b"clip_ratio", "duration_s", b"duration_s", "element_count", b"element_count", "gradient_squared_sum", b"gradient_squared_sum", "job", b"job", "lr_applied", b"lr_applied", "lr_requested", b"lr_requested", "not_finite_parameters", b"not_finite_parameters", "not_finite_workers", b"not_finite_workers", "phase_s", b"phase_s", "pulled_bytes", b"pulled_bytes", "pushed_bytes", b"pushed_bytes", "skipped", b"skipped", "step", b"step", "update_squared_sum", b"update_squared_sum"]) -> None: ...
 
 global___StepSummary = StepSummary
+
+@typing.final
+class Happened(google.protobuf.message.Message):
+    """Something that people should know of, which a member alone has seen. May be lost."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class FactsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    JOB_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    FACTS_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    """The job."""
+    name: builtins.str
+    """Which kind of event, a constant: "degraded", "rounded", ..."""
+    text: builtins.str
+    """The line for people."""
+    @property
+    def facts(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """The same as fields."""
+
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        name: builtins.str = ...,
+        text: builtins.str = ...,
+        facts: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["facts", b"facts", "job", b"job", "name", b"name", "text", b"text"]) -> None: ...
+
+global___Happened = Happened
+
+@typing.final
+class SnapshotFile(google.protobuf.message.Message):
+    """One file of a shard's snapshot."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    BYTE_COUNT_FIELD_NUMBER: builtins.int
+    SHA256_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Its name in the checkpoint's directory."""
+    byte_count: builtins.int
+    """Its size in bytes."""
+    sha256: builtins.str
+    """SHA-256 of its bytes, in hexadecimal digits."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        byte_count: builtins.int = ...,
+        sha256: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["byte_count", b"byte_count", "name", b"name", "sha256", b"sha256"]) -> None: ...
+
+global___SnapshotFile = SnapshotFile
+
+@typing.final
+class Snapshotted(google.protobuf.message.Message):
+    """Answers SnapshotRequest: the files are written and synced, or why not."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    GENERATION_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    FILES_FIELD_NUMBER: builtins.int
+    STALL_S_FIELD_NUMBER: builtins.int
+    SLICES_FIELD_NUMBER: builtins.int
+    RECORD_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    """The job."""
+    generation: builtins.int
+    """The generation in which they were cut."""
+    version: builtins.int
+    """The version of all slices in them."""
+    stall_s: builtins.float
+    """Seconds for which the job's steps had to wait on this shard."""
+    @property
+    def files(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SnapshotFile]:
+        """The files; none where it failed or the shard holds no slice."""
+
+    @property
+    def slices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The slices in them."""
+
+    @property
+    def record(self) -> adashard.wire.v1.types_pb2.Record:
+        """The record of step version; absent when nothing has been stepped."""
+
+    @property
+    def error(self) -> adashard.wire.v1.types_pb2.ErrorInfo:
+        """Why it failed."""
+
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        generation: builtins.int = ...,
+        version: builtins.int = ...,
+        files: collections.abc.Iterable[global___SnapshotFile] | None = ...,
+        stall_s: builtins.float = ...,
+        slices: collections.abc.Iterable[builtins.int] | None = ...,
+        record: adashard.wire.v1.types_pb2.Record | None = ...,
+        error: adashard.wire.v1.types_pb2.ErrorInfo | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["error", b"error", "record", b"record"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["error", b"error", "files", b"files", "generation", b"generation", "job", b"job", "record", b"record", "slices", b"slices", "stall_s", b"stall_s", "version", b"version"]) -> None: ...
+
+global___Snapshotted = Snapshotted
 
 @typing.final
 class Logged(google.protobuf.message.Message):
@@ -574,6 +721,8 @@ class AttendRequest(google.protobuf.message.Message):
     STALE_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
     LOGGED_FIELD_NUMBER: builtins.int
+    HAPPENED_FIELD_NUMBER: builtins.int
+    SNAPSHOTTED_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> global___Hello:
         """First message of the stream."""
@@ -606,6 +755,14 @@ class AttendRequest(google.protobuf.message.Message):
     def logged(self) -> global___Logged:
         """Telemetry of a worker."""
 
+    @property
+    def happened(self) -> global___Happened:
+        """For people."""
+
+    @property
+    def snapshotted(self) -> global___Snapshotted:
+        """Answer to a request for a snapshot."""
+
     def __init__(
         self,
         *,
@@ -617,10 +774,12 @@ class AttendRequest(google.protobuf.message.Message):
         stale: global___Stale | None = ...,
         step: global___StepSummary | None = ...,
         logged: global___Logged | None = ...,
+        happened: global___Happened | None = ...,
+        snapshotted: global___Snapshotted | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["frozen", b"frozen", "hello", b"hello", "kind", b"kind", "logged", b"logged", "opened", b"opened", "planned", b"planned", "renewal", b"renewal", "stale", b"stale", "step", b"step"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["frozen", b"frozen", "hello", b"hello", "kind", b"kind", "logged", b"logged", "opened", b"opened", "planned", b"planned", "renewal", b"renewal", "stale", b"stale", "step", b"step"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["hello", "renewal", "frozen", "planned", "opened", "stale", "step", "logged"] | None: ...
+    def HasField(self, field_name: typing.Literal["frozen", b"frozen", "happened", b"happened", "hello", b"hello", "kind", b"kind", "logged", b"logged", "opened", b"opened", "planned", b"planned", "renewal", b"renewal", "snapshotted", b"snapshotted", "stale", b"stale", "step", b"step"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["frozen", b"frozen", "happened", b"happened", "hello", b"hello", "kind", b"kind", "logged", b"logged", "opened", b"opened", "planned", b"planned", "renewal", b"renewal", "snapshotted", b"snapshotted", "stale", b"stale", "step", b"step"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["hello", "renewal", "frozen", "planned", "opened", "stale", "step", "logged", "happened", "snapshotted"] | None: ...
 
 global___AttendRequest = AttendRequest
 
@@ -718,6 +877,36 @@ class Open(google.protobuf.message.Message):
 global___Open = Open
 
 @typing.final
+class SnapshotRequest(google.protobuf.message.Message):
+    """Write what the job's slices are at one version, when it is reached in this generation and before the next step."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    GENERATION_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    DIRECTORY_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    """The job."""
+    generation: builtins.int
+    """The generation; void when it ends."""
+    version: builtins.int
+    """The version; void when it has passed."""
+    directory: builtins.str
+    """The directory to write into, below the shard's own directory of checkpoints."""
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        generation: builtins.int = ...,
+        version: builtins.int = ...,
+        directory: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["directory", b"directory", "generation", b"generation", "job", b"job", "version", b"version"]) -> None: ...
+
+global___SnapshotRequest = SnapshotRequest
+
+@typing.final
 class Bye(google.protobuf.message.Message):
     """The member is no longer part of the job, or never will be."""
 
@@ -780,6 +969,7 @@ class AttendResponse(google.protobuf.message.Message):
     OPEN_FIELD_NUMBER: builtins.int
     BYE_FIELD_NUMBER: builtins.int
     NOTICE_FIELD_NUMBER: builtins.int
+    SNAPSHOT_FIELD_NUMBER: builtins.int
     @property
     def welcome(self) -> global___Welcome:
         """The hello was accepted."""
@@ -804,6 +994,10 @@ class AttendResponse(google.protobuf.message.Message):
     def notice(self) -> global___Notice:
         """For people."""
 
+    @property
+    def snapshot(self) -> global___SnapshotRequest:
+        """Part of a checkpoint."""
+
     def __init__(
         self,
         *,
@@ -813,9 +1007,10 @@ class AttendResponse(google.protobuf.message.Message):
         open: global___Open | None = ...,
         bye: global___Bye | None = ...,
         notice: global___Notice | None = ...,
+        snapshot: global___SnapshotRequest | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["bye", b"bye", "freeze", b"freeze", "kind", b"kind", "notice", b"notice", "open", b"open", "plan", b"plan", "welcome", b"welcome"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bye", b"bye", "freeze", b"freeze", "kind", b"kind", "notice", b"notice", "open", b"open", "plan", b"plan", "welcome", b"welcome"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["welcome", "freeze", "plan", "open", "bye", "notice"] | None: ...
+    def HasField(self, field_name: typing.Literal["bye", b"bye", "freeze", b"freeze", "kind", b"kind", "notice", b"notice", "open", b"open", "plan", b"plan", "snapshot", b"snapshot", "welcome", b"welcome"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bye", b"bye", "freeze", b"freeze", "kind", b"kind", "notice", b"notice", "open", b"open", "plan", b"plan", "snapshot", b"snapshot", "welcome", b"welcome"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["welcome", "freeze", "plan", "open", "bye", "notice", "snapshot"] | None: ...
 
 global___AttendResponse = AttendResponse

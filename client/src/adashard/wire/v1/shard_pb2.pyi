@@ -67,6 +67,7 @@ class Run(google.protobuf.message.Message):
     COUNT_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
     CONTENT_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
     slice: builtins.int
     """The slice."""
     start: builtins.int
@@ -79,6 +80,10 @@ class Run(google.protobuf.message.Message):
     """Their format."""
     content: global___Content.ValueType
     """What they are."""
+    checksum: builtins.int
+    """CRC-32 (that of zlib) of the bytes of this content of the slice from its first element to the end of this run. Stands
+    in replies and uploads; 0 in a push.
+    """
     def __init__(
         self,
         *,
@@ -87,10 +92,33 @@ class Run(google.protobuf.message.Message):
         count: builtins.int = ...,
         dtype: adashard.wire.v1.types_pb2.DType.ValueType = ...,
         content: global___Content.ValueType = ...,
+        checksum: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["content", b"content", "count", b"count", "dtype", b"dtype", "slice", b"slice", "start", b"start"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checksum", b"checksum", "content", b"content", "count", b"count", "dtype", b"dtype", "slice", b"slice", "start", b"start"]) -> None: ...
 
 global___Run = Run
+
+@typing.final
+class Progress(google.protobuf.message.Message):
+    """How much of a worker's gradient of one slice is in the sum."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SLICE_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    slice: builtins.int
+    """The slice."""
+    count: builtins.int
+    """Elements from its start."""
+    def __init__(
+        self,
+        *,
+        slice: builtins.int = ...,
+        count: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["count", b"count", "slice", b"slice"]) -> None: ...
+
+global___Progress = Progress
 
 @typing.final
 class Begin(google.protobuf.message.Message):
@@ -115,6 +143,7 @@ class Begin(google.protobuf.message.Message):
     ROUNDING_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     STATE_FIELD_NUMBER: builtins.int
+    NOT_FINITE_FIELD_NUMBER: builtins.int
     job: builtins.str
     """The job."""
     generation: builtins.int
@@ -155,6 +184,10 @@ class Begin(google.protobuf.message.Message):
     def slices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Slices wanted back; empty for all that the shard holds."""
 
+    @property
+    def not_finite(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Parameters whose gradient is not finite. The worker sends none of any, and the step is skipped."""
+
     def __init__(
         self,
         *,
@@ -175,8 +208,9 @@ class Begin(google.protobuf.message.Message):
         rounding: adashard.wire.v1.types_pb2.Rounding.ValueType = ...,
         seed: builtins.int = ...,
         state: builtins.bool = ...,
+        not_finite: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["dtypes", b"dtypes", "generation", b"generation", "groups", b"groups", "job", b"job", "max_grad_norm", b"max_grad_norm", "present", b"present", "push", b"push", "receiver", b"receiver", "rounding", b"rounding", "seed", b"seed", "sender", b"sender", "share", b"share", "slices", b"slices", "sparse", b"sparse", "state", b"state", "step", b"step", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dtypes", b"dtypes", "generation", b"generation", "groups", b"groups", "job", b"job", "max_grad_norm", b"max_grad_norm", "not_finite", b"not_finite", "present", b"present", "push", b"push", "receiver", b"receiver", "rounding", b"rounding", "seed", b"seed", "sender", b"sender", "share", b"share", "slices", b"slices", "sparse", b"sparse", "state", b"state", "step", b"step", "version", b"version"]) -> None: ...
 
 global___Begin = Begin
 
@@ -188,17 +222,23 @@ class Acknowledge(google.protobuf.message.Message):
 
     VERSION_FIELD_NUMBER: builtins.int
     COMPLETE_FIELD_NUMBER: builtins.int
+    PROGRESS_FIELD_NUMBER: builtins.int
     version: builtins.int
     """The shard's version of the job."""
     complete: builtins.bool
     """Whether the push of this step is wholly in the sums already."""
+    @property
+    def progress(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Progress]:
+        """Where to go on: slices of which something is in the sum. Of all others, everything is wanted."""
+
     def __init__(
         self,
         *,
         version: builtins.int = ...,
         complete: builtins.bool = ...,
+        progress: collections.abc.Iterable[global___Progress] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["complete", b"complete", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["complete", b"complete", "progress", b"progress", "version", b"version"]) -> None: ...
 
 global___Acknowledge = Acknowledge
 

@@ -127,6 +127,30 @@ WEIGHT_DECAY_MODE_PLAIN: WeightDecayMode.ValueType  # 3
 """One."""
 global___WeightDecayMode = WeightDecayMode
 
+class _Recovery:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _RecoveryEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Recovery.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    RECOVERY_UNSPECIFIED: _Recovery.ValueType  # 0
+    """Not stated: the job is refused."""
+    RECOVERY_WORKERS: _Recovery.ValueType  # 1
+    """From the workers' memory: every reply carries the optimizer state, which is small."""
+    RECOVERY_CHECKPOINT: _Recovery.ValueType  # 2
+    """From the newest checkpoint: the state is as large as the model."""
+
+class Recovery(_Recovery, metaclass=_RecoveryEnumTypeWrapper):
+    """Where the state of a dead shard comes from."""
+
+RECOVERY_UNSPECIFIED: Recovery.ValueType  # 0
+"""Not stated: the job is refused."""
+RECOVERY_WORKERS: Recovery.ValueType  # 1
+"""From the workers' memory: every reply carries the optimizer state, which is small."""
+RECOVERY_CHECKPOINT: Recovery.ValueType  # 2
+"""From the newest checkpoint: the state is as large as the model."""
+global___Recovery = Recovery
+
 class _Outcome:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -265,10 +289,13 @@ class JobSpec(google.protobuf.message.Message):
     GROUPS_FIELD_NUMBER: builtins.int
     SLICE_BYTES_FIELD_NUMBER: builtins.int
     MIN_WORKERS_FIELD_NUMBER: builtins.int
+    RECOVERY_FIELD_NUMBER: builtins.int
     slice_bytes: builtins.int
     """Bound of a slice in bytes of float32; 0 in a hello leaves it to the coordinator."""
     min_workers: builtins.int
     """Workers that must have joined before the first step."""
+    recovery: global___Recovery.ValueType
+    """Where the state of a dead shard comes from."""
     @property
     def parameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Parameter]:
         """The tensors, in registration order; slices are numbered in this order."""
@@ -284,8 +311,9 @@ class JobSpec(google.protobuf.message.Message):
         groups: collections.abc.Iterable[global___Group] | None = ...,
         slice_bytes: builtins.int = ...,
         min_workers: builtins.int = ...,
+        recovery: global___Recovery.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["groups", b"groups", "min_workers", b"min_workers", "parameters", b"parameters", "slice_bytes", b"slice_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["groups", b"groups", "min_workers", b"min_workers", "parameters", b"parameters", "recovery", b"recovery", "slice_bytes", b"slice_bytes"]) -> None: ...
 
 global___JobSpec = JobSpec
 
@@ -505,14 +533,17 @@ class Lineage(google.protobuf.message.Message):
     ORIGIN_FIELD_NUMBER: builtins.int
     BASE_VERSION_FIELD_NUMBER: builtins.int
     FINGERPRINT_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
     number: builtins.int
     """The generation that made it."""
     origin: builtins.str
-    """Id of the worker whose initial weights are version base_version."""
+    """Id of the worker whose weights are version base_version; empty where a checkpoint supplies it."""
     base_version: builtins.int
     """The version that the origin supplied."""
     fingerprint: builtins.str
     """Of the optimizer state that the origin had loaded; empty for fresh weights."""
+    checkpoint: builtins.str
+    """Name of the checkpoint that supplies version base_version; empty where a worker does."""
     def __init__(
         self,
         *,
@@ -520,8 +551,9 @@ class Lineage(google.protobuf.message.Message):
         origin: builtins.str = ...,
         base_version: builtins.int = ...,
         fingerprint: builtins.str = ...,
+        checkpoint: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_version", b"base_version", "fingerprint", b"fingerprint", "number", b"number", "origin", b"origin"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_version", b"base_version", "checkpoint", b"checkpoint", "fingerprint", b"fingerprint", "number", b"number", "origin", b"origin"]) -> None: ...
 
 global___Lineage = Lineage
 
@@ -632,7 +664,7 @@ class Source(google.protobuf.message.Message):
     slice: builtins.int
     """The slice."""
     member: builtins.str
-    """Id of the member that uploads it."""
+    """Id of the member that uploads it; empty where the shard reads it from the lineage's checkpoint."""
     version: builtins.int
     """The version that is uploaded."""
     def __init__(
@@ -656,6 +688,7 @@ class Plan(google.protobuf.message.Message):
     BASE_FIELD_NUMBER: builtins.int
     RECORD_FIELD_NUMBER: builtins.int
     SOURCES_FIELD_NUMBER: builtins.int
+    BEHIND_FIELD_NUMBER: builtins.int
     base: builtins.int
     """The highest version of any slice."""
     @property
@@ -670,6 +703,10 @@ class Plan(google.protobuf.message.Message):
     def sources(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Source]:
         """Slices whose shard lacks their target version."""
 
+    @property
+    def behind(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Slices that nobody has at base: their target is the version before, and they take step base from pushes."""
+
     def __init__(
         self,
         *,
@@ -677,9 +714,10 @@ class Plan(google.protobuf.message.Message):
         base: builtins.int = ...,
         record: global___Record | None = ...,
         sources: collections.abc.Iterable[global___Source] | None = ...,
+        behind: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["entry", b"entry", "record", b"record"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["base", b"base", "entry", b"entry", "record", b"record", "sources", b"sources"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base", b"base", "behind", b"behind", "entry", b"entry", "record", b"record", "sources", b"sources"]) -> None: ...
 
 global___Plan = Plan
 
