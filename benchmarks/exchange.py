@@ -5,7 +5,7 @@ Three questions, each answered by a ratio of two things that are measured in tur
     step         a step of the GPT-2 small list with split parameters, over one with whole ones,
                  on the same four shard processes; and the bytes of the exchange
     processor    CPU seconds of update and exchange of a 50257 x 768 parameter, summed over four
-                 shards, over those of one
+                 shards, over those of one; and those of one over those without slices
     order        the update with its sums in a written order, over the same loops compiled with
                  leave to reorder and fuse (fastmath)
 """
@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +26,7 @@ from unittest import mock
 import numpy as np
 import torch
 from machine import provenance
+from one_thread import OneThread
 from shapes import GPT2_SMALL
 
 import adashard
@@ -34,8 +34,6 @@ from adashard.wire import codec
 from adashard_server import LocalCluster
 from adashard_server.optim.kernels import cpu
 from adashard_server.shard.exchange import MemoryExchange
-from adashard_server.shard.rounds import Rounds
-from adashard_server.shard.slices import SliceStore
 
 SHARDS = 4
 WHOLE = 1 << 30  # slice_bytes that splits nothing
@@ -74,19 +72,14 @@ def measure_step(rounds: int) -> dict[str, float]:
             name: Model(cluster, name, GPT2_SMALL, slice_bytes)
             for name, slice_bytes in (("split", SPLIT), ("whole", WHOLE))
         }
-        seconds: dict[str, list[float]] = {name: [] for name in models}
-        for turn in range(WARM_UP + rounds):
-            for name, model in models.items():
-                spent = model.step_s()
-                if turn >= WARM_UP:
-                    seconds[name].append(spent)
+        seconds = in_turns({name: model.step_s for name, model in models.items()}, rounds)
         for model in models.values():
             model.optimizer.close()
     medians = {name: statistics.median(spent) for name, spent in seconds.items()}
     return {
         "split_s": medians["split"],
         "whole_s": medians["whole"],
-        "ratio": medians["split"] / medians["whole"],
+        "ratio": ratio(seconds["split"], seconds["whole"]),
         "spread": (max(seconds["split"]) - min(seconds["split"])) / medians["split"],
     }
 
@@ -114,64 +107,35 @@ def measure_bytes() -> dict[str, float]:
 
 
 def measure_processor(rounds: int) -> dict[str, float]:
-    """CPU seconds of update and exchange on one shard and on four, in turns."""
-    seconds: dict[int, list[float]] = {1: [], SHARDS: []}
-    with cpu_counted() as counted:
-        for _ in range(rounds):
-            for shards, spent in seconds.items():
-                with LocalCluster(shards=shards, in_process=True) as cluster:
-                    model = Model(cluster, "job", [EMBEDDING], SPLIT)
-                    for turn in range(WARM_UP + 3):
-                        if turn == WARM_UP:
-                            counted.clear()
-                        model.step_s()
-                    spent.append(sum(counted) / 3)
-                    model.optimizer.close()
-    one, several = (statistics.median(spent) for spent in seconds.values())
-    return {"one_s": one, "several_s": several, "ratio": several / one}
+    """CPU seconds of update and exchange on one shard and on four, in turns; and in one slice."""
+    split, unsplit = OneThread(EMBEDDING, SPLIT), OneThread(EMBEDDING, WHOLE)
+    works = {
+        "one": lambda: split.step_s(1),
+        "several": lambda: split.step_s(SHARDS),
+        "unsplit": lambda: unsplit.step_s(1),
+    }
+    seconds = in_turns(works, rounds)
+    return {
+        **{f"{name}_s": statistics.median(spent) for name, spent in seconds.items()},
+        "ratio": ratio(seconds["several"], seconds["one"]),
+        "ratio_to_unsplit": ratio(seconds["one"], seconds["unsplit"]),
+    }
 
 
-@contextmanager
-def cpu_counted() -> Iterator[list[float]]:
-    """Collects CPU seconds that threads spend in measuring, updating, deciding and reporting.
+def in_turns(works: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each work returns, round by round; who comes first in one round is last in the next."""
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(WARM_UP + rounds):
+        for name in list(works)[:: 1 - 2 * (turn % 2)]:
+            spent = works[name]()
+            if turn >= WARM_UP:
+                found[name].append(spent)
+    return found
 
-    Passes are made one at a time: shards of one machine that make theirs together wait for its
-    memory, and shards of several machines do not.
-    """
-    counted: list[float] = []
-    inside = set[int]()
-    one_at_a_time = threading.Lock()
 
-    def wrapped(function: Callable[..., Any], lock: Any) -> Callable[..., Any]:
-        def timed(*arguments: Any, **named: Any) -> Any:
-            thread = threading.get_ident()
-            if thread in inside:
-                return function(*arguments, **named)
-            inside.add(thread)
-            try:
-                with lock:
-                    began = time.thread_time()
-                    try:
-                        return function(*arguments, **named)
-                    finally:
-                        counted.append(time.thread_time() - began)
-            finally:
-                inside.discard(thread)
-
-        return timed
-
-    targets = (
-        (SliceStore, "measure", one_at_a_time),
-        (SliceStore, "apply", one_at_a_time),
-        (Rounds, "measured", nullcontext()),
-        (Rounds, "exchange", nullcontext()),
-        (MemoryExchange, "send", nullcontext()),
-    )
-    with ExitStack() as patches:
-        for owner, name, lock in targets:
-            timed = wrapped(getattr(owner, name), lock)
-            patches.enter_context(mock.patch.object(owner, name, timed))
-        yield counted
+def ratio(numbers: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the rounds' ratios: what disturbs a round disturbs both."""
+    return statistics.median(map(operator.truediv, numbers, others))
 
 
 def measure_order(rounds: int) -> dict[str, dict[str, float]]:
@@ -226,7 +190,7 @@ def _order_of(loose: ModuleType, n: int, m: int, rounds: int) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9, help="of each measurement (9)")
+    parser.add_argument("--rounds", type=int, default=9, help="of steps; of short works more (9)")
     parser.add_argument("--only", choices=("step", "processor", "order"))
     parser.add_argument("--json", type=Path, help="write the numbers there")
     arguments = parser.parse_args()
@@ -237,7 +201,7 @@ def main() -> None:
         for name, numbers in found["order"].items():
             print(f"order {name}:", numbers)
     if arguments.only in (None, "processor"):
-        found["processor"] = measure_processor(max(3, arguments.rounds // 3))
+        found["processor"] = measure_processor(4 * arguments.rounds)
         print("processor:", found["processor"])
     if arguments.only in (None, "step"):
         found["bytes"] = measure_bytes()

@@ -1,4 +1,4 @@
-"""Models that placement is judged by: the shapes of GPT-2 small and T5-11B, and their jobs."""
+"""Models that placement is judged by: the shapes of GPT-2 small and of T5, and their jobs."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def _t5(*, width: int, hidden: int, heads: int, head_width: int, layers: int) ->
 
 
 GPT2_SMALL = _gpt2(width=768, vocabulary=50257, context=1024, layers=12)
+T5_SMALL = _t5(width=512, hidden=2048, heads=8, head_width=64, layers=6)
 T5_11B = _t5(width=1024, hidden=65536, heads=128, head_width=128, layers=24)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from tests.client.sessions import FakeSession
 from tests.client.stage import Stage
 
-from adashard import retry
+from adashard import optimizer, retry
 
 
 @pytest.fixture
@@ -26,3 +27,14 @@ def stage() -> Iterator[Callable[..., Stage]]:
 @pytest.fixture
 def no_waits(monkeypatch):
     monkeypatch.setattr(retry.random, "uniform", lambda low, high: 0.0)
+
+
+@pytest.fixture
+def sessions(monkeypatch) -> list[FakeSession]:
+    """The sessions of all optimizers that are made, none of which has anybody around it."""
+    monkeypatch.setattr(FakeSession, "made", [], raising=False)
+    monkeypatch.setattr(FakeSession, "error", None)
+    monkeypatch.setattr(optimizer, "Session", FakeSession)
+    monkeypatch.delenv("ADASHARD_ADDRESS", raising=False)
+    monkeypatch.delenv("ADASHARD_TOKEN", raising=False)
+    return FakeSession.made

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.shard import jobs
 from torch import Tensor
 
+from adashard import routing as routing_module
 from adashard.routing import Routing
 from adashard.wire.frames import read_frame
 from adashard.wire.messages import Run
@@ -93,6 +94,20 @@ def models(draw) -> tuple[list[Cut], list[Tensor]]:
 
 
 # --- what travels ---------------------------------------------------------------------------------
+
+
+def watch_sources(monkeypatch) -> list[int]:
+    """Where in memory the elements of frames lie that are made from now on."""
+    sources: list[int] = []
+    original = routing_module.row_by_row
+
+    def watched(part: Tensor) -> memoryview:
+        buffer = original(part)
+        sources.append(from_buffer(buffer, wire_dtype(part.dtype)).data_ptr())
+        return buffer
+
+    monkeypatch.setattr(routing_module, "row_by_row", watched)
+    return sources
 
 
 def received(frames) -> dict[int, Tensor]:

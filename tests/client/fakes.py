@@ -15,8 +15,16 @@ from torch import Tensor
 from adashard.wire.control import Bye, FromCoordinator, FromMember, Hello, Renewal, Welcome
 from adashard.wire.errors import AdashardError, ShardUnavailable, StaleGeneration
 from adashard.wire.frames import data_frame, leading_frame, read_frame
-from adashard.wire.messages import Acknowledge, Begin, Outcome, Record, UploadBegin, UploadReply
-from adashard.wire.tensors import from_buffer
+from adashard.wire.messages import (
+    Acknowledge,
+    Begin,
+    Content,
+    Outcome,
+    Record,
+    UploadBegin,
+    UploadReply,
+)
+from adashard.wire.tensors import from_buffer, torch_dtype
 
 WAIT_S = 60.0
 Handler = Callable[["FakeShard", Begin, Iterator[bytes]], Iterator[bytes]]
@@ -61,6 +69,7 @@ class FakeShard:
         self.script: list[Handler] = []
         self.begins: list[Begin] = []
         self.uploads: list[tuple[UploadBegin, dict[int, Tensor]]] = []
+        self.capsules: dict[int, Tensor] = {}  # that have been uploaded, by slice
         self.upload_errors: list[AdashardError] = []
 
     def serve(self, frames: Iterator[bytes]) -> Iterator[bytes]:
@@ -82,8 +91,15 @@ class FakeShard:
             yield leading_frame(self.record)
         for index, weight in self.weights.items():
             if not begin.slices or index in begin.slices:
-                run, part = piece(index, weight)
+                run, part = piece(index, weight.to(torch_dtype(begin.dtypes[0])))
                 yield data_frame([run], [part])
+                if begin.state:
+                    run, part = piece(index, self.state_of(index), content=Content.VECTOR)
+                    yield data_frame([run], [part])
+
+    def state_of(self, index: int) -> Tensor:
+        """The second moment of a slice, other in every version."""
+        return torch.full_like(self.weights[index], float(self.version))
 
 
 def honest(shard: FakeShard, begin: Begin, frames: Iterator[bytes]) -> Iterator[bytes]:
@@ -95,12 +111,13 @@ def honest(shard: FakeShard, begin: Begin, frames: Iterator[bytes]) -> Iterator[
     yield from shard.reply(begin)
 
 
-def read(frames: Iterable[bytes]) -> dict[int, Tensor]:
-    """Whole slices from data frames."""
+def read(frames: Iterable[bytes], content: Content = Content.WEIGHT) -> dict[int, Tensor]:
+    """Whole slices, or what there is of their state, from data frames."""
     found: dict[int, list[Tensor]] = {}
     for data in frames:
         for run, buffer in read_frame(data).pieces():
-            found.setdefault(run.slice, []).append(from_buffer(buffer, run.dtype))
+            if run.content is content:
+                found.setdefault(run.slice, []).append(from_buffer(buffer, run.dtype))
     return {index: torch.cat(parts) for index, parts in found.items()}
 
 
@@ -166,7 +183,9 @@ class FakeTransport:
         assert isinstance(begin, UploadBegin)
         if shard.upload_errors:
             raise shard.upload_errors.pop(0)
-        slices = {index: one.clone() for index, one in read(stream).items()}
+        frames = list(stream)
+        slices = {index: one.clone() for index, one in read(frames).items()}
+        shard.capsules |= read(frames, Content.VECTOR)
         shard.uploads.append((begin, slices))
         return UploadReply(slice_count=len(slices))
 

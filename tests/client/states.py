@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from hypothesis import strategies as st
+from tests.shard.tables import piece
 from torch import Tensor
 
-from adashard.state import Gathering, State, moment_shapes, state_frames
-from adashard.wire.frames import read_frame
-from adashard.wire.messages import Content
-from adashard.wire.placement import cut
+from adashard.arrivals import Arrivals
+from adashard.state import MOMENTS, Gathering, State, moment_shapes, part_of
+from adashard.wire.frames import data_frame
+from adashard.wire.messages import Content, Run
+from adashard.wire.placement import Slice, cut
 from adashard.wire.spec import AdafactorLayout, FactoredAxes, Group, JobSpec, Parameter
 
 SHAPES = st.lists(st.integers(1, 9), max_size=4).map(tuple)
@@ -68,14 +71,43 @@ def weights_of(spec: JobSpec) -> list[Tensor]:
     return [torch.full(one.shape, -float(n + 1)) for n, one in enumerate(spec.parameters)]
 
 
+def runs_of(
+    state: State, weights: Sequence[Tensor], slices: Sequence[Slice], indices: Iterable[int]
+) -> Iterator[tuple[Run, memoryview]]:
+    """Slices with their state, as a shard that holds them sends them."""
+    for index in indices:
+        moments = state.moments[slices[index].parameter]
+        whole = state.masters.get(slices[index].parameter, weights[slices[index].parameter])
+        yield piece(index, part_of(whole, slices[index], Content.WEIGHT))
+        for content in [one for one in MOMENTS if one in moments]:
+            part = part_of(moments[content], slices[index], content)
+            yield piece(index, part, content=content)
+
+
+def frames_of(
+    state: State, weights: Sequence[Tensor], slices: Sequence[Slice], indices: Iterable[int]
+) -> Iterator[bytes]:
+    """The same, each run in a frame of its own."""
+    for run, buffer in runs_of(state, weights, slices, indices):
+        yield data_frame([run], [buffer])
+
+
 def gathered(state: State, spec: JobSpec, indices: list[int] | None = None) -> Gathering:
-    """A gathering that has got the slices of a state, as a shard that holds them sends them."""
+    """A gathering that has got the slices of a state."""
     slices = cut(spec)
     indices = list(range(len(slices))) if indices is None else indices
     gathering = Gathering(spec, state.version, masters=state.masters)
-    for data in state_frames(state, weights_of(spec), slices, indices):
-        gathering.receive(read_frame(data))
+    receive(gathering, runs_of(state, weights_of(spec), slices, indices))
     return gathering
+
+
+def receive(gathering: Gathering, runs: Iterable[tuple[Run, memoryview]]) -> None:
+    """One stream of a shard's answer."""
+    arrivals = Arrivals(gathering.parts)
+    for run, buffer in runs:
+        arrival = arrivals.take(run, buffer)
+        if arrival is not None:
+            gathering.receive(arrival)
 
 
 def tensors_of(state: State) -> dict[tuple[int, Content], Tensor]:

@@ -20,7 +20,14 @@ from adashard.optimizer import RemoteOptimizer
 from adashard.wire.errors import InvalidSettings
 from adashard.wire.messages import AdafactorStep
 from adashard.wire.placement import factored_axes
-from adashard.wire.spec import AdafactorLayout, EpsPlacement, FactoredAxes, Group, WeightDecayMode
+from adashard.wire.spec import (
+    AdafactorLayout,
+    EpsPlacement,
+    FactoredAxes,
+    Group,
+    Recovery,
+    WeightDecayMode,
+)
 from adashard_server.optim import adafactor
 from adashard_server.optim.factored import Axes
 
@@ -60,9 +67,11 @@ def test_settings_of_a_job_are_those_of_the_optimizer_that_takes_the_steps(monke
     monkeypatch.setattr(RemoteOptimizer, "__init__", lambda *_, **named: taken.update(named))
     asked = {
         "max_grad_norm": 2.0,
-        "rounding": "stochastic",
+        "rounding": "nearest",
         "seed": 3,
         "reply_dtype": torch.bfloat16,
+        "keep_masters": True,
+        "recovery": "checkpoint",
     }
     assert asked.keys() == set(JOB_SETTINGS)
     Adafactor([parameter()], **asked)
@@ -188,6 +197,33 @@ def test_other_keys_of_a_group_are_left_alone():
     optimizer = Adafactor([{"params": [parameter()], "initial_lr": 3, "name": "head"}])
     assert optimizer.param_groups[0]["initial_lr"] == 3
     assert optimizer.param_groups[0]["name"] == "head"
+
+
+# --- what a dead shard is rebuilt from ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("choice", "beta1", "found"),
+    [
+        ("auto", None, Recovery.WORKERS),
+        ("auto", 0.9, Recovery.CHECKPOINT),
+        ("workers", None, Recovery.WORKERS),
+        ("checkpoint", None, Recovery.CHECKPOINT),
+        ("checkpoint", 0.9, Recovery.CHECKPOINT),
+    ],
+)
+def test_it_is_decided_by_settings_and_one_group_with_a_first_moment_is_enough(
+    choice, beta1, found
+):
+    groups = [{"params": [parameter()]}, {"params": [parameter()], "beta1": beta1}]
+    assert Adafactor(groups, recovery=choice)._spec().recovery is found
+
+
+def test_workers_cannot_give_back_a_first_moment():
+    groups = [{"params": [parameter()]}, {"params": [parameter()], "beta1": 0.9}]
+    with pytest.raises(InvalidSettings, match="recovery='workers' and beta1 in group 1") as caught:
+        Adafactor(groups, recovery="workers")
+    assert "recovery='checkpoint'" in caught.value.remedy
 
 
 # --- what travels ---------------------------------------------------------------------------------

@@ -110,6 +110,20 @@ def test_once_welcome_it_never_gives_up(transport):
     member.attendance.close()
 
 
+def test_between_two_tries_to_come_back_it_waits_less_than_a_second(transport, monkeypatch):
+    bounds: list[float] = []
+    monkeypatch.setattr(retry.random, "uniform", lambda low, high: bounds.append(high) or 0.0)
+    member = Member(transport)
+    control = transport.control()
+    assert isinstance(member.handles(), Welcome)
+    transport.refusals = [CannotReachServer("away")] * 20
+    control.say(CannotReachServer("away"))
+    transport.control()
+    assert max(bounds) == attendance_module.RECONNECT_S < 1.0
+    assert len(bounds) > 20
+    member.attendance.close()
+
+
 def test_a_coordinator_that_is_never_there_is_given_up_with_attempts_and_seconds(transport):
     transport.refusals = [CannotReachServer("connection refused")]
     member = Member(transport, budget_s=0.0)

@@ -39,7 +39,14 @@ def refused(semantics="paper", **asked):
 
 def job_settings(**asked):
     """Settings of a job, left out as the constructor leaves them."""
-    left_out = {"max_grad_norm": None, "rounding": "nearest", "seed": 0, "reply_dtype": None}
+    left_out = {
+        "max_grad_norm": None,
+        "rounding": "nearest",
+        "seed": 0,
+        "reply_dtype": None,
+        "keep_masters": False,
+        "recovery": "auto",
+    }
     return resolve_job_settings(**{**left_out, **asked})
 
 
@@ -370,19 +377,26 @@ def test_a_choice_that_does_not_exist_shows_those_that_do(knob, choices):
 # --- what holds for a whole job -------------------------------------------------------------------
 
 
+def test_masters_are_not_rounded_by_chance():
+    refusal = job_refused(keep_masters=True, rounding="stochastic")
+    assert refusal.facts == {"keep_masters": "True", "rounding": "stochastic"}
+
+
+@pytest.mark.parametrize(("name", "value"), [("keep_masters", 1), ("recovery", "disk")])
+def test_a_setting_of_the_job_without_meaning_is_named(name, value):
+    assert f"{name}={value!r}" in job_refused(**{name: value}).message
+
+
 @given(
     max_grad_norm=st.none() | st.floats(0, 1e30, exclude_min=True) | st.integers(1, 10),
     rounding=st.sampled_from(["nearest", "stochastic"]),
     seed=st.integers(0, 2**63 - 1),
     reply_dtype=st.sampled_from([None, torch.bfloat16, torch.float16]),
+    keep_masters=st.booleans(),
+    recovery=st.sampled_from(["auto", "workers", "checkpoint"]),
 )
-def test_settings_of_a_job_are_returned_as_they_are(max_grad_norm, rounding, seed, reply_dtype):
-    asked = {
-        "max_grad_norm": max_grad_norm,
-        "rounding": rounding,
-        "seed": seed,
-        "reply_dtype": reply_dtype,
-    }
+def test_settings_of_a_job_are_returned_as_they_are(**asked):
+    assume(not (asked["keep_masters"] and asked["rounding"] == "stochastic"))
     assert job_settings(**asked) == asked
     assert tuple(job_settings(**asked)) == knobs.JOB_SETTINGS
 

@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from tests.client.sessions import FakeSession, parameters
 from torch.nn import Parameter
 
 import adashard
@@ -22,67 +23,7 @@ from adashard.wire.errors import (
     UnsupportedParameter,
 )
 
-
-class FakeSession:
-    """Takes steps without anybody; remembers what it was given."""
-
-    made: list[FakeSession]
-    error: BaseException | None = None
-
-    def __init__(
-        self,
-        transport,
-        address,
-        job,
-        spec,
-        parameters,
-        *,
-        on_existing,
-        token,
-        replies=None,
-        loaded=None,
-    ):
-        self.id, self.rank, self.version = "worker-1", 4, -1
-        self.address, self.job, self.spec = address, job, spec
-        self.parameters, self.on_existing, self.token = parameters, on_existing, token
-        self.replies, self.loaded = replies, loaded
-        self.pushes, self.groups, self.logged = [], [], []
-        self.used, self.closed, self.abandoned = True, 0, 0
-        type(self).made.append(self)
-
-    def step(self, push):
-        if self.error is not None:
-            raise self.error
-        self.pushes.append(dict(push.gradients))
-        self.groups.append(push.settings((0,) * len(self.spec.parameters)))
-        self.version += 2 if self.version < 0 else 1
-        return self.used
-
-    def log(self, values):
-        self.logged.append(dict(values))
-
-    def close(self):
-        self.closed += 1
-
-    def abandon(self):
-        self.abandoned += 1
-
-
-@pytest.fixture(autouse=True)
-def sessions(monkeypatch):
-    monkeypatch.setattr(FakeSession, "made", [], raising=False)
-    monkeypatch.setattr(FakeSession, "error", None)
-    monkeypatch.setattr(optimizer, "Session", FakeSession)
-    monkeypatch.delenv("ADASHARD_ADDRESS", raising=False)
-    monkeypatch.delenv("ADASHARD_TOKEN", raising=False)
-    return FakeSession.made
-
-
-def parameters(count: int = 2) -> list[Parameter]:
-    made = [Parameter(torch.ones(2, 2 + index)) for index in range(count)]
-    for parameter in made:
-        parameter.grad = torch.ones_like(parameter)
-    return made
+pytestmark = pytest.mark.usefixtures("sessions")
 
 
 # --- torch's contract ----------------------------------------------------------------------------
@@ -257,13 +198,6 @@ def test_a_sparse_gradient_that_cannot_be_right_is_refused_by_name(sessions, gra
     assert sessions == []
 
 
-def test_a_sparse_gradient_that_is_not_finite_is_sent_where_the_step_is_to_be_skipped(sessions):
-    layer = embedding([1])
-    layer.weight.grad = in_rows([2], torch.full((1, 2), torch.inf))
-    Adafactor(layer.named_parameters(), nonfinite="skip").step()
-    assert torch.isinf(sessions[0].pushes[0][0].values()).all()
-
-
 @pytest.mark.parametrize(
     "parameter",
     [
@@ -282,42 +216,6 @@ def test_a_parameter_that_is_not_of_dense_floats_is_refused(parameter):
 def test_a_parameter_without_elements_is_refused():
     with pytest.raises(UnsupportedParameter, match="no elements"):
         Adafactor([Parameter(torch.zeros(0, 3))])
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_gradient_that_is_not_finite_is_refused_with_tensor_worker_and_step(sessions, value):
-    given = parameters(6)
-    made = Adafactor(given)
-    made.step()
-    for parameter in given[1:]:
-        parameter.grad[0, 0] = value
-    with pytest.raises(InvalidGradient) as refused:
-        made.step()
-    assert refused.value.facts == {
-        "tensors": "'0.1', '0.2', '0.3'",
-        "worker": "worker-1",
-        "step": "2",
-    }
-    assert "and 2 more" in refused.value.message
-    assert len(sessions[0].pushes) == 1
-    for parameter in given:
-        parameter.grad = torch.zeros_like(parameter)
-    made.step()
-    assert (len(sessions), len(sessions[0].pushes)) == (1, 2), "the session goes on"
-
-
-def test_before_it_has_joined_the_worker_has_no_name():
-    (weight,) = parameters(1)
-    weight.grad[0, 0] = torch.nan
-    with pytest.raises(InvalidGradient, match=r"'0.0' \(worker not yet joined, step 1 of job 'j'"):
-        Adafactor([weight], job="j").step()
-
-
-def test_on_request_it_is_pushed_all_the_same_and_the_job_skips(sessions):
-    (weight,) = parameters(1)
-    weight.grad[0, 0] = torch.nan
-    Adafactor([weight], nonfinite="skip").step()
-    assert torch.isnan(sessions[0].pushes[0][0]).any()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,13 @@ from adashard import retry
 from adashard.retry import Backoff, repeatable
 from adashard.wire.errors import catalogue
 
-REPEATABLE = {"ShardUnavailable", "CannotReachServer", "Draining", "Overloaded"}
+REPEATABLE = {
+    "ShardUnavailable",
+    "CannotReachServer",
+    "DamagedFrame",
+    "Draining",
+    "Overloaded",
+}
 
 
 @pytest.mark.parametrize("name", sorted(catalogue()))

@@ -17,16 +17,18 @@ from tests.client.cuts import (
     received,
     runs_of,
     tensors_of,
+    watch_sources,
 )
 from tests.shard import jobs
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from adashard import routing as routing_module
+from adashard.push import Replies
 from adashard.routing import Routing
 from adashard.wire.errors import InvalidFrame, UnsupportedParameter
 from adashard.wire.frames import PAYLOAD_BYTES_MAX, read_frame
-from adashard.wire.messages import Content, Member, Run
+from adashard.wire.messages import Member
 from adashard.wire.spec import DType
 from adashard.wire.tensors import as_buffer, wire_dtype
 
@@ -43,6 +45,12 @@ def tensors(dtypes=(torch.float32,) * 4, seed: int = 0) -> list[Tensor]:
 
 def routing(parameters: list[Tensor]) -> Routing:
     return Routing(jobs.spec(*SHAPES), parameters)
+
+
+def write(target: Routing, index: int, flat: Tensor, borders: list[int] | None = None) -> bool:
+    """A whole slice, in parts that end at `borders`."""
+    parts = [as_buffer(part) for _, part in runs_of(index, flat, borders or [])]
+    return target.write(index, parts, wire_dtype(flat.dtype))
 
 
 formats = st.tuples(*[st.sampled_from(FORMATS)] * 4)
@@ -62,31 +70,19 @@ def test_every_slice_of_a_gradient_is_sent_whole_wherever_it_lies_in_memory(mode
 
 
 @given(models(), st.data())
-def test_slices_that_come_between_each_other_restore_every_bit(model, data):
+def test_slices_restore_every_bit_in_any_order_wherever_they_lie_in_memory(model, data):
     drawn, theirs = model
     mine = [
         data.draw(tensors_of(one.shape, other.dtype))
         for one, other in zip(drawn, theirs, strict=True)
     ]
     target = cut_routing(drawn, mine)
-    left = {
-        piece.index: list(
-            runs_of(
-                piece.index,
-                part_of(theirs[piece.parameter], piece),
-                data.draw(st.lists(st.integers(1, 30), max_size=3)),
-            )
-        )
-        for piece in target.slices
-    }
-    while left:
-        index = data.draw(st.sampled_from(sorted(left)))
-        run, part = left[index].pop(0)
-        old = part_of(mine[target.slices[index].parameter], target.slices[index])
-        there = torch.equal(old[run.start : run.start + run.count], part)
-        assert target.write(run, as_buffer(part)) == there
-        if not left[index]:
-            del left[index]
+    for piece in data.draw(st.permutations(target.slices)):
+        flat = part_of(theirs[piece.parameter], piece)
+        there = torch.equal(part_of(mine[piece.parameter], piece), flat)
+        borders = data.draw(st.lists(st.integers(1, 30), max_size=3))
+        assert write(target, piece.index, flat, borders) == there
+        assert torch.equal(target.view(piece.index).reshape(-1), flat)
     assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
 
 
@@ -94,12 +90,47 @@ def test_slices_that_come_between_each_other_restore_every_bit(model, data):
 def test_models_that_are_cut_small_come_through_whole(shapes):
     spec = replace(jobs.spec(*shapes), slice_bytes=64)
     theirs, mine = [[torch.randn(shape) for shape in shapes] for _ in range(2)]
-    target = Routing(spec, mine)
-    sent = Routing(spec, theirs).weight_frames(range(len(target.slices)))
-    for index, flat in received(sent).items():
-        for run, part in runs_of(index, flat, [3, 8]):
-            target.write(run, as_buffer(part))
+    source, target = Routing(spec, theirs), Routing(spec, mine)
+    for piece in source.slices:
+        write(target, piece.index, source.view(piece.index).reshape(-1), [3, 8])
     assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
+
+
+# --- where a repeated push goes on ---------------------------------------------------------------
+
+
+@given(models(), st.data())
+def test_what_is_there_already_is_not_sent_again(model, data):
+    drawn, gradients = model
+    cutter = cut_routing(drawn, gradients)
+    counts = {piece.index: piece.element_count for piece in cutter.slices}
+    starts = data.draw(
+        st.fixed_dictionaries({}, optional={i: st.integers(0, n) for i, n in counts.items()})
+    )
+    frames = list(cutter.gradient_frames(dict(enumerate(gradients)), counts, starts))
+    firsts = {}
+    for run in [run for frame in frames for run in read_frame(frame).runs]:
+        firsts.setdefault(run.slice, run.start)
+    assert firsts == {i: starts.get(i, 0) for i in counts if starts.get(i, 0) < counts[i]}
+    for index, flat in received(frames).items():
+        piece = cutter.slices[index]
+        assert torch.equal(flat, part_of(gradients[piece.parameter], piece)[firsts[index] :])
+
+
+@pytest.mark.parametrize("start", [-1, 13, 1 << 40])
+def test_what_cannot_be_there_is_sent_from_the_start(start):
+    gradient = torch.randn(4, 3)
+    frames = routing(tensors()).gradient_frames({0: gradient}, [0], {0: start})
+    assert torch.equal(received(frames)[0], gradient.reshape(-1))
+
+
+@pytest.mark.parametrize(("start", "sent"), [(0, 3), (2, 3), (12, 0)])
+def test_sparse_rows_are_there_whole_or_sent_from_the_start(start, sent):
+    gradient = torch.sparse_coo_tensor(
+        [[1]], torch.ones(1, 3), (4, 3), check_invariants=True
+    ).coalesce()
+    frames = routing(tensors()).gradient_frames({0: gradient}, [0], {0: start})
+    assert sum(flat.numel() for flat in received(frames).values()) == sent
 
 
 # --- what is copied, and what is not -------------------------------------------------------------
@@ -117,12 +148,11 @@ def test_gradients_are_sent_as_they_are_where_there_are_any(dtypes, present, ord
 
 
 @given(formats, st.lists(st.integers(1, 11), max_size=3))
-def test_what_one_worker_sends_another_writes_bit_for_bit(dtypes, borders):
+def test_what_one_worker_has_another_writes_bit_for_bit(dtypes, borders):
     theirs, mine = tensors(dtypes, seed=1), tensors(dtypes, seed=2)
     target = routing(mine)
-    for index, flat in received(routing(theirs).weight_frames(range(4))).items():
-        for run, part in runs_of(index, flat, borders):
-            target.write(run, as_buffer(part))
+    for index, tensor in enumerate(theirs):
+        write(target, index, tensor.reshape(-1), borders)
     assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
 
 
@@ -130,37 +160,23 @@ def test_weights_are_written_in_place_and_gradients_are_sent_from_where_they_are
     """No copies: every buffer that is read is memory of the tensor itself."""
     parameters, gradients = tensors(), tensors(seed=1)
     addresses = [parameter.data_ptr() for parameter in parameters]
-    sources: list[int] = []
-    original = routing_module.as_buffer
-
-    def watched(flat):
-        sources.append(flat.data_ptr())
-        return original(flat)
-
-    monkeypatch.setattr(routing_module, "as_buffer", watched)
+    sources = watch_sources(monkeypatch)
     cutter = routing(parameters)
     list(cutter.gradient_frames(dict(enumerate(gradients)), range(4)))
     assert sources == [gradient.data_ptr() for gradient in gradients]
     for index, gradient in enumerate(gradients):
-        for run, part in runs_of(index, gradient.reshape(-1), []):
-            cutter.write(run, as_buffer(part))
+        write(cutter, index, gradient.reshape(-1))
     assert [parameter.data_ptr() for parameter in parameters] == addresses
 
 
 def test_rows_are_written_in_place_and_sent_from_where_they_are(monkeypatch):
-    sources: list[int] = []
-    original = routing_module.as_buffer
-    monkeypatch.setattr(
-        routing_module, "as_buffer", lambda one: sources.append(one.data_ptr()) or original(one)
-    )
+    sources = watch_sources(monkeypatch)
     parameter, gradient = torch.zeros(6, 4), torch.randn(6, 4)
     cutter = cut_routing([Cut((6, 4), 0, frozenset({1, 4}))], [parameter])
     list(cutter.gradient_frames({0: gradient}, range(3)))
     assert sources == [gradient[row].data_ptr() for row in (0, 1, 4)]
-    first, second = runs_of(1, torch.ones(12), [5])
-    assert not cutter.write(first[0], as_buffer(first[1]))
-    assert parameter.sum() == 5, "a slice that lies in one piece does not wait until it is whole"
-    cutter.write(second[0], as_buffer(second[1]))
+    monkeypatch.setattr(routing_module.torch, "cat", None)  # nothing is put together first
+    assert not write(cutter, 1, torch.ones(12), [5])
     assert torch.equal(parameter[1:4], torch.ones(3, 4))
 
 
@@ -190,28 +206,25 @@ def test_a_slice_that_is_in_pieces_is_copied_once_and_goes_before_the_next(monke
 
 def test_a_slice_between_columns_is_copied_frame_by_frame_and_written_row_by_row(monkeypatch):
     sizes: list[int] = []
-    original = routing_module.flat_on_cpu
+    original = routing_module.row_by_row
     monkeypatch.setattr(
-        routing_module, "flat_on_cpu", lambda one: sizes.append(one.nbytes) or original(one)
+        routing_module, "row_by_row", lambda one: sizes.append(one.nbytes) or original(one)
     )
     gradient, parameter = torch.randn(500, 2400), torch.zeros(500, 2400)
     cutter = cut_routing([Cut((500, 2400), 1, frozenset({1200}))], [parameter])
     frames = list(cutter.gradient_frames({0: gradient}, range(2)))
     assert max(sizes) <= PAYLOAD_BYTES_MAX < gradient.nbytes / 2
     (first, *_), flat = read_frame(frames[0]).runs, gradient[:, :1200].reshape(-1)
-    rows = first.count // 1200
-    assert not cutter.write(first, as_buffer(flat[: first.count]))
-    assert torch.equal(parameter[:rows, :1200], gradient[:rows, :1200])
-    assert not parameter[rows:].any()
+    monkeypatch.setattr(routing_module.torch, "cat", None)
+    assert not write(cutter, 0, flat, [first.count])
+    assert torch.equal(parameter[:, :1200], gradient[:, :1200])
+    assert not parameter[:, 1200:].any()
 
 
-def test_a_slice_that_is_in_pieces_is_written_when_the_last_has_come():
+def test_a_slice_that_comes_in_parts_that_end_inside_a_row_is_written_all_the_same():
     parameter = torch.zeros(3, 4)
     target = cut_routing([Cut((3, 4), 1, frozenset({2}))], [parameter])
-    first, second = runs_of(1, torch.arange(1.0, 7.0), [3])  # inside the second row
-    target.write(first[0], as_buffer(first[1]))
-    assert not parameter.any()
-    target.write(second[0], as_buffer(second[1]))
+    assert not write(target, 1, torch.arange(1.0, 7.0), [3])
     assert torch.equal(parameter[:, 2:], torch.arange(1.0, 7.0).view(3, 2))
     assert not parameter[:, :2].any()
 
@@ -226,91 +239,56 @@ def test_a_parameter_of_another_layout_is_written_through_its_layout(borders):
     assert not parameter.is_contiguous()
     target = Routing(jobs.spec((4, 3)), [parameter])
     fresh = torch.arange(1.0, 13.0)
-    for run, part in runs_of(0, fresh, borders):
-        assert not target.write(run, as_buffer(part))
+    assert not write(target, 0, fresh, borders)
     assert torch.equal(parameter, fresh.view(4, 3))
     assert torch.equal(base, fresh.view(4, 3).t())
-    for run, part in runs_of(0, fresh, borders):
-        assert target.write(run, as_buffer(part)), "the same bits, said again"
+    assert write(target, 0, fresh, borders), "the same bits, said again"
 
 
 def test_a_strided_view_of_a_larger_tensor_leaves_what_is_between():
     base = torch.zeros(4, 6)
     parameter = base[:, ::2]
     target = Routing(jobs.spec((4, 3)), [parameter])
-    for run, part in runs_of(0, torch.ones(12), []):
-        target.write(run, as_buffer(part))
+    write(target, 0, torch.ones(12))
     assert torch.equal(base[:, ::2], torch.ones(4, 3))
     assert torch.equal(base[:, 1::2], torch.zeros(4, 3))
-    assert torch.equal(received(target.weight_frames([0]))[0], torch.ones(12))
 
 
 def test_minus_zero_is_another_weight_than_zero():
     parameter = torch.zeros(2)
     target = Routing(jobs.spec((2,)), [parameter])
-    ((run, part),) = runs_of(0, torch.tensor([0.0, -0.0]), [])
-    assert not target.write(run, as_buffer(part))
+    assert not write(target, 0, torch.tensor([0.0, -0.0]))
     assert torch.equal(torch.signbit(parameter), torch.tensor([False, True]))
 
 
 def test_not_a_number_is_there_when_it_was_there_before():
     parameter = torch.full((2,), torch.nan)
     target = Routing(jobs.spec((2,)), [parameter])
-    ((run, part),) = runs_of(0, parameter.clone(), [])
-    assert target.write(run, as_buffer(part))
-
-
-def test_a_reply_that_was_broken_off_leaves_no_trace_in_the_next():
-    parameter = torch.zeros(3, 4).t()
-    target = Routing(jobs.spec((4, 3)), [parameter])
-    first, *_ = runs_of(0, torch.ones(12), [7])
-    target.write(first[0], as_buffer(first[1]))
-    for run, part in runs_of(0, torch.ones(12), [7]):
-        assert not target.write(run, as_buffer(part)), "none of them was in the parameter"
-    assert torch.equal(parameter, torch.ones(4, 3))
+    assert write(target, 0, parameter.clone())
 
 
 def test_it_is_told_whether_weights_were_there_before():
     parameters = tensors()
     target = routing(parameters)
     same = parameters[0].clone().reshape(-1)
-    ((run, part),) = runs_of(0, same, [])
-    assert target.write(run, as_buffer(part))
+    assert write(target, 0, same)
     same[-1] += 1
-    assert not target.write(run, as_buffer(same))
+    assert not write(target, 0, same)
+    same[0] += 1
+    assert not write(target, 0, same, [3]), "what differs may be in any part"
 
 
 def test_a_parameter_that_needs_a_gradient_is_written_all_the_same():
     parameter = torch.nn.Parameter(torch.zeros(3))
-    target = Routing(jobs.spec((3,)), [parameter])
-    ((run, part),) = runs_of(0, torch.ones(3), [])
-    target.write(run, as_buffer(part))
+    write(Routing(jobs.spec((3,)), [parameter]), 0, torch.ones(3))
     assert torch.equal(parameter.detach(), torch.ones(3))
     assert parameter.requires_grad
 
 
-@pytest.mark.parametrize(
-    "run",
-    [
-        Run(slice=4, start=0, count=1, dtype=DType.FLOAT32),
-        Run(slice=-1, start=0, count=1, dtype=DType.FLOAT32),
-        Run(slice=1, start=3, count=3, dtype=DType.FLOAT32),
-        Run(slice=1, start=0, count=5, dtype=DType.BFLOAT16),
-        *[
-            Run(slice=1, start=0, count=5, dtype=DType.FLOAT32, content=content)
-            for content in Content
-            if content is not Content.WEIGHT
-        ],
-    ],
-    ids=["no slice", "negative", "beyond the end", "another format"]
-    + [content.name for content in Content if content is not Content.WEIGHT],
-)
-def test_a_reply_that_does_not_fit_is_refused_and_writes_nothing(run):
-    parameters = tensors()
-    before = [parameter.clone() for parameter in parameters]
-    with pytest.raises(InvalidFrame):
-        routing(parameters).write(run, memoryview(bytes(64)))
-    assert all(torch.equal(one, other) for one, other in zip(parameters, before, strict=True))
+@pytest.mark.parametrize("index", [-1, 4])
+def test_a_slice_that_does_not_exist_is_refused(index):
+    with pytest.raises(InvalidFrame, match="there is no slice"):
+        write(routing(tensors()), index, torch.ones(1))
 
 
 def test_formats_are_said_once_where_all_are_the_same():
@@ -326,7 +304,7 @@ def test_formats_are_said_once_where_all_are_the_same():
 @given(models(), st.sampled_from(FORMATS), st.data())
 def test_weights_are_wanted_in_one_format_and_written_in_the_parameters(model, wanted, data):
     drawn, mine = model
-    target = cut_routing(drawn, mine, reply_dtype=wanted)
+    target = cut_routing(drawn, mine, replies=Replies(dtype=wanted))
     assert target.dtypes() == (wire_dtype(wanted),)
     theirs = [torch.randn(one.shape).to(wanted) for one in drawn]
     before = [one.clone() for one in mine]
@@ -335,37 +313,19 @@ def test_weights_are_wanted_in_one_format_and_written_in_the_parameters(model, w
         there = torch.equal(
             part_of(before[piece.parameter], piece), flat.to(mine[piece.parameter].dtype)
         )
-        came = [
-            target.write(run, as_buffer(part))
-            for run, part in runs_of(piece.index, flat, data.draw(st.lists(st.integers(1, 9))))
-        ]
-        assert all(came) == there
+        borders = data.draw(st.lists(st.integers(1, 9)))
+        assert write(target, piece.index, flat, borders) == there
     for one, other in zip(mine, theirs, strict=True):
         assert torch.equal(one, other.to(one.dtype))
 
 
 def test_a_format_that_is_narrower_than_the_one_wanted_is_rounded_to_nearest():
     parameter = torch.zeros(3, dtype=torch.bfloat16)
-    target = Routing(jobs.spec((3,)), [parameter], reply_dtype=torch.float32)
-    ((run, part),) = runs_of(0, torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20]), [])
-    assert not target.write(run, as_buffer(part))
+    target = Routing(jobs.spec((3,)), [parameter], replies=Replies(dtype=torch.float32))
+    wide = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20])
+    assert not write(target, 0, wide)
     assert parameter.tolist() == [1.0, 1 + 2**-6, 1 + 2**-7], "ties go to even"
-    assert target.write(run, as_buffer(part))
-
-
-def test_the_parameters_own_format_is_refused_where_another_is_wanted():
-    parameter = torch.zeros(2)
-    target = Routing(jobs.spec((2,)), [parameter], reply_dtype=torch.bfloat16)
-    ((run, part),) = runs_of(0, torch.ones(2), [])
-    with pytest.raises(InvalidFrame, match="came as FLOAT32, and BFLOAT16 was wanted"):
-        target.write(run, as_buffer(part))
-    assert not parameter.any()
-
-
-def test_weights_are_uploaded_in_their_own_format():
-    parameter = torch.randn(2)
-    cutter = Routing(jobs.spec((2,)), [parameter], reply_dtype=torch.bfloat16)
-    assert torch.equal(received(cutter.weight_frames([0]))[0], parameter)
+    assert write(target, 0, wide)
 
 
 def test_a_format_that_does_not_travel_is_refused():

@@ -9,11 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.client.cuts import FORMATS, Cut, cut_routing, cuts, part_of, received
+from tests.client.cuts import FORMATS, Cut, cut_routing, cuts, part_of, received, watch_sources
 from tests.shard import jobs
 from torch import Tensor
 
-from adashard import routing as routing_module
 from adashard.routing import Routing
 from adashard.rows import coalesced_rows, sparse_bits
 from adashard.session import Push
@@ -162,11 +161,7 @@ def test_no_frame_has_more_runs_than_are_read(monkeypatch, touched):
 
 
 def test_rows_are_sent_from_where_they_are(monkeypatch):
-    sources: list[int] = []
-    original = routing_module.as_buffer
-    monkeypatch.setattr(
-        routing_module, "as_buffer", lambda one: sources.append(one.data_ptr()) or original(one)
-    )
+    sources = watch_sources(monkeypatch)
     gradient = coalesced_rows("p0", sparse((6, 2), [0, 1, 4]))
     cutter = cut_routing([Cut((6, 2), 0, frozenset({3}))], [torch.zeros(6, 2)])
     list(cutter.gradient_frames({0: gradient}, range(2)))

@@ -46,11 +46,11 @@ def test_the_origin_uploads_its_weights_to_where_they_are_placed(stage):
     plan = jobs.plan(play.entry(), sources=True)
     play.freeze()
     play.control.say(PlanRequest(plan=plan))
+    while not all(shard.uploads for shard in play.shards):
+        pass  # a thread of its own uploads; the test's own timeout is the limit
     play.control.say(Open(plan=plan))
     play.transport.hear(Opened)
     play.step()
-    while not all(shard.uploads for shard in play.shards):
-        pass  # a thread of its own uploads; the test's own timeout is the limit
     for index, shard in enumerate(play.shards):
         ((begin, slices),) = shard.uploads
         assert (begin.receiver, begin.version, begin.generation) == (f"s{index}", 0, 1)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from tests.client.fakes import WAIT_S, honest, read, record
 from tests.client.stage import SPEC
-from tests.client.states import same, state_of
+from tests.client.states import frames_of, receive, same, state_of
 from tests.shard import jobs
 
 from adashard.push import Replies
-from adashard.state import Gathering, state_frames
+from adashard.state import Gathering
 from adashard.wire.control import Hello, Open, Opened, PlanRequest
 from adashard.wire.errors import InvalidRequest, JobExists, ShardUnavailable, StaleGeneration
 from adashard.wire.frames import Frame, leading_frame, read_frame
@@ -37,7 +37,7 @@ def holds(state, weights=0.0):
         assert read(frames) == {}
         yield leading_frame(state.record())
         tensors = [torch.full((4 - index,), weights) for index in range(2)]
-        yield from state_frames(state, tensors, cut(SPEC), sorted(shard.weights))
+        yield from frames_of(state, tensors, cut(SPEC), sorted(shard.weights))
 
     return handler
 
@@ -171,8 +171,7 @@ def test_the_origin_begins_the_job_at_the_version_with_weights_and_state(stage):
     gathering = Gathering(SPEC, 3, masters={0, 1})
     for begin, *frames in uploads.values():
         assert (begin.leading.version, begin.leading.state) == (3, True)
-        for frame in frames:
-            gathering.receive(frame)
+        receive(gathering, (piece for frame in frames for piece in frame.pieces()))
     assert gathering.has([0, 1])
     came = gathering.state()
     assert came.masters[0].tolist() == torch.full((4,), 0.1).tolist()
@@ -192,7 +191,8 @@ def test_a_worker_with_the_same_state_joins_and_asks_for_nothing_more(stage):
     play.shards[0].version, play.shards[0].record = 3, LOADED.record()
     play.control.say(Open(plan=jobs.plan(entry, 3, LOADED.record())))
     assert play.step()
-    assert not any(begin.state for begin in play.shards[0].begins)
+    asked = [(begin.step, begin.push) for begin in play.shards[0].begins]
+    assert asked == [(3, False), (4, True)]
     assert play.counts == [LOADED.step_counts]
 
 
@@ -202,9 +202,10 @@ def test_a_job_that_has_come_to_the_same_state_is_joined_where_it_stands(stage):
     play.shards[0].version, play.shards[0].record = 3, LOADED.record()
     play.shards[0].script = [holds(LOADED)]
     assert play.step()
-    assert [begin.state for begin in play.shards[0].begins] == [True, False, False]
+    asked = [(begin.step, begin.push) for begin in play.shards[0].begins]
+    assert asked == [(3, False), (3, False), (4, True)], "the state, the weights, a step"
     play.step()
-    assert not any(begin.state for begin in play.shards[0].begins[3:]), "it is compared once"
+    assert [begin.step for begin in play.shards[0].begins[3:]] == [5], "it is compared once"
 
 
 @pytest.mark.parametrize("base", [3, 4])

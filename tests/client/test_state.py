@@ -9,15 +9,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.client.fakes import record
-from tests.client.states import gathered, same, specs, state_of, tensors_of, weights_of
+from tests.client.states import (
+    gathered,
+    receive,
+    runs_of,
+    same,
+    specs,
+    state_of,
+    tensors_of,
+    weights_of,
+)
 
+from adashard.arrivals import Arrival
 from adashard.push import Replies
-from adashard.state import Gathering, State, fitted, moment_shapes, part_of, state_frames
+from adashard.state import Gathering, State, fitted, moment_shapes, part_of
 from adashard.wire.errors import Internal, InvalidFrame, InvalidSettings
-from adashard.wire.frames import data_frame, leading_frame, read_frame
-from adashard.wire.messages import Content, Outcome, Run
+from adashard.wire.messages import Content, Outcome
 from adashard.wire.placement import cut
-from adashard.wire.spec import AdafactorLayout, DType, Group, JobSpec, Parameter
+from adashard.wire.spec import AdafactorLayout, Group, JobSpec, Parameter
 
 MATRIX = JobSpec(
     parameters=(Parameter(name="w", shape=(4, 6)), Parameter(name="b", shape=(3,))),
@@ -35,7 +44,7 @@ def test_a_state_that_was_cut_into_slices_comes_back_bit_for_bit(spec, data):
     masters = data.draw(st.sets(st.integers(0, len(spec.parameters) - 1)))
     state = state_of(spec, masters=tuple(masters))
     gathering = gathered(state, spec)
-    gathering.receive(read_frame(leading_frame(state.record())))
+    gathering.receive(state.record())
     assert gathering.has(range(len(cut(spec))))
     assert same(gathering.state(), state)
 
@@ -46,7 +55,7 @@ def test_the_order_of_slices_and_what_is_repeated_change_nothing(spec, data):
     order = data.draw(st.permutations(range(len(slices))))
     twice = data.draw(st.lists(st.sampled_from(order), max_size=3))
     gathering = gathered(state, spec, [*order, *twice])
-    gathering.receive(read_frame(leading_frame(state.record())))
+    gathering.receive(state.record())
     assert same(gathering.state(), state)
 
 
@@ -66,89 +75,44 @@ def test_slices_cover_every_moment_and_share_only_the_mean_along_the_axis_that_i
 
 def test_a_slice_is_not_there_before_its_last_moment_is():
     state = state_of(MATRIX)
-    frames = [
-        read_frame(data) for data in state_frames(state, weights_of(MATRIX), cut(MATRIX), [0])
-    ]
-    (frame,) = frames
-    pieces = list(frame.pieces())
-    assert [run.content for run, _ in pieces] == [
-        Content.WEIGHT,
-        Content.ROW,
-        Content.COLUMN,
-        Content.MOMENTUM,
-    ]
-    gathering = Gathering(MATRIX, 3, masters=())
-    for run, buffer in pieces:
-        assert not gathering.has([0])
-        gathering.receive(read_frame(data_frame([run], [buffer])))
-    assert gathering.has([0])
+    runs = list(runs_of(state, weights_of(MATRIX), cut(MATRIX), [0]))
+    assert [run.content for run, _ in runs] == list(Gathering(MATRIX, 3, masters=()).parts(0))
+    for count in range(len(runs) + 1):
+        gathering = Gathering(MATRIX, 3, masters=())
+        receive(gathering, runs[:count])
+        assert gathering.has([0]) == (count == len(runs))
 
 
 @given(spec=specs(), data=st.data())
-def test_a_stream_that_broke_off_anywhere_is_taken_from_the_start_of_its_slices(spec, data):
+def test_a_stream_that_broke_off_anywhere_is_asked_for_again(spec, data):
     state, slices = state_of(spec, masters=(0,)), cut(spec)
     gathering = Gathering(spec, state.version, masters=(0,))
-    frames = list(state_frames(state, weights_of(spec), slices, range(len(slices))))
-    runs = [piece for frame in frames for piece in read_frame(frame).pieces()]
-    stop = data.draw(st.integers(0, len(runs)))
-    for run, buffer in runs[:stop]:
-        count = data.draw(st.integers(1, run.count))
-        part = buffer[: count * 4]
-        gathering.receive(read_frame(data_frame([replace(run, count=count)], [part])))
-    for frame in frames:
-        gathering.receive(read_frame(frame))
-    gathering.receive(read_frame(leading_frame(state.record())))
+    runs = list(runs_of(state, weights_of(spec), slices, range(len(slices))))
+    receive(gathering, runs[: data.draw(st.integers(0, len(runs)))])
+    receive(gathering, runs)
+    gathering.receive(state.record())
     assert same(gathering.state(), state)
-
-
-def test_weights_travel_in_their_own_format_and_masters_in_float32():
-    state, weights = state_of(MATRIX, masters=(0,)), weights_of(MATRIX)
-    narrow = [weight.bfloat16() for weight in weights]
-    runs = [
-        run
-        for data in state_frames(state, narrow, cut(MATRIX), range(len(cut(MATRIX))))
-        for run, _ in read_frame(data).pieces()
-    ]
-    formats = {(run.slice, run.content): run.dtype for run in runs}
-    last = len(cut(MATRIX)) - 1
-    assert formats[0, Content.WEIGHT] is DType.FLOAT32
-    assert formats[last, Content.WEIGHT] is DType.BFLOAT16
-    assert {formats[key] for key in formats if key[1] is not Content.WEIGHT} == {DType.FLOAT32}
 
 
 # --- what is refused -----------------------------------------------------------------------------
 
 
-def run(**changes) -> Run:
-    whole = Run(slice=0, start=0, count=2, dtype=DType.FLOAT32, content=Content.ROW)
-    return replace(whole, **changes)
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        run(slice=99),
-        run(start=1, count=1),
-        run(count=7),
-        run(content=Content.VECTOR),
-        run(dtype=DType.BFLOAT16),
-    ],
-    ids=["no slice", "gap", "too long", "not its state", "rounded"],
-)
-def test_a_run_that_does_not_fit_is_refused(bad):
+def test_a_slice_that_is_said_to_be_unchanged_or_does_not_exist_is_refused():
     gathering = Gathering(MATRIX, 3, masters=())
-    items = 2 if bad.dtype is DType.BFLOAT16 else 4
-    with pytest.raises(InvalidFrame):
-        gathering.receive(read_frame(data_frame([bad], [memoryview(bytes(bad.count * items))])))
+    with pytest.raises(InvalidFrame, match="none was here"):
+        gathering.receive(Arrival(slice=0))
+    for index in (-1, 99):
+        with pytest.raises(InvalidFrame, match="there is no slice"):
+            gathering.parts(index)
 
 
 def test_records_of_another_step_or_of_two_minds_are_refused():
     gathering = Gathering(MATRIX, 3, masters=())
     with pytest.raises(InvalidFrame, match="record of step 4"):
-        gathering.receive(read_frame(leading_frame(record(4))))
-    gathering.receive(read_frame(leading_frame(record(3, count=1))))
+        gathering.receive(record(4))
+    gathering.receive(record(3, count=1))
     with pytest.raises(Internal, match="different records of step 3"):
-        gathering.receive(read_frame(leading_frame(record(3, count=2))))
+        gathering.receive(record(3, count=2))
 
 
 def test_fresh_state_has_no_record_and_counts_nothing():

@@ -11,21 +11,21 @@ from tests.shard import jobs
 
 from adashard.wire.control import Frozen, Stale, Standing
 from adashard.wire.errors import Internal, InvalidFrame, StaleGeneration
-from adashard.wire.messages import Entry, Lineage, Outcome, Record, Run
+from adashard.wire.messages import Entry, Lineage, Outcome, Record, Source
 from adashard.wire.placement import cut
-from adashard.wire.spec import DType
+from adashard.wire.spec import Recovery
 from adashard.worker import Worker
 
 SPEC = jobs.spec((4,), (3,), ())
-COUNTS = (4, 3, 1)
+CHECKPOINT = dataclasses.replace(SPEC, recovery=Recovery.CHECKPOINT)
 
 
 def new(name: str = "w") -> Worker:
     return Worker(name, jobs.JOB)
 
 
-def entry(generation: int = 1, *, origin: str = "w", workers: str = "w", **options):
-    return jobs.entry(SPEC, generation=generation, workers=workers, origin=origin, **options)
+def entry(generation: int = 1, *, origin: str = "w", workers: str = "w", spec=SPEC, **options):
+    return jobs.entry(spec, generation=generation, workers=workers, origin=origin, **options)
 
 
 def record(step: int, count: int | None = None) -> Record:
@@ -40,16 +40,10 @@ def record(step: int, count: int | None = None) -> Record:
     )
 
 
-def run(index: int, start: int = 0, count: int | None = None) -> Run:
-    stop = COUNTS[index] if count is None else start + count
-    return Run(slice=index, start=start, count=stop - start, dtype=DType.FLOAT32)
-
-
 def receive(worker: Worker, step: int, *indices: int) -> None:
     """Whole slices at `step` arrive."""
     for index in indices or range(3):
-        worker.writes(run(index))
-        worker.wrote(run(index), step)
+        worker.arrived(index, step)
 
 
 def opened(*, origin: str = "w", base: int = 0, of: Record | None = None, **options) -> Worker:
@@ -100,29 +94,19 @@ def test_another_worker_s_lineage_makes_no_copies_of_this_one_s_weights():
 def test_a_lineage_that_names_it_a_second_time_finds_no_initial_weights():
     worker = stepped(opened(origin="x"), 0)
     frozen = worker.freeze(entry(2, lineage=2))
-    assert (frozen.fresh, frozen.slices, worker.version) == (False, (), 0)
+    assert (frozen.fresh, frozen.lineage, worker.version) == (False, 1, 0)
 
 
-@pytest.mark.parametrize("written", ["a slice", "a piece"])
-def test_weights_that_have_been_written_over_are_not_initial_any_more(written):
-    """Not even in part, and not even before the step that wrote them is whole."""
+def test_weights_that_have_been_written_over_are_not_initial_any_more():
+    """Not even before the step that wrote them is whole."""
     worker = opened(origin="x")
-    worker.writes(run(0) if written == "a slice" else run(0, 0, 2))
+    worker.arrived(0, 0)
     assert not worker.freeze(entry(2, origin="x")).fresh
 
 
 def test_weights_that_were_there_already_are_initial_until_all_have_come():
     worker = opened(origin="x")
     assert worker.freeze(entry(2, origin="x")).fresh
-
-
-def test_the_origin_holds_the_first_version_until_the_next():
-    worker = opened()
-    assert worker.freeze(entry(2)).slices == (0, 1, 2)
-    worker.open(jobs.plan(entry(2)))
-    stepped(worker, 1)
-    frozen = worker.freeze(entry(3))
-    assert (frozen.slices, frozen.complete, frozen.record) == ((), True, record(1))
 
 
 def test_its_standing_is_what_it_has_promised_and_holds():
@@ -176,24 +160,106 @@ def test_a_promise_is_never_taken_back(moves):
         assert worker.plan is None or worker.plan.entry.generation == promised
 
 
+# --- W2: what it answers -------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 2), max_size=5), st.sampled_from([SPEC, CHECKPOINT]))
+def test_it_answers_with_every_slice_that_it_has_a_copy_of_and_the_newest_one_s_record(came, spec):
+    """Where replies bring no state, these are what the job began with and nothing else."""
+    worker = opened(spec=spec)
+    worker.take_record(record(1), 1)
+    for index in came:
+        worker.arrived(index, 1)
+    frozen = worker.freeze(entry(2, spec=spec))
+    versions = {index: int(index in came) for index in range(3)}
+    if spec is CHECKPOINT:
+        versions = {index: 0 for index in range(3) if index not in came}
+    assert dict(zip(frozen.slices, frozen.versions, strict=True)) == versions
+    assert frozen.record == (record(1) if came else None), "nobody has heard of another step"
+    assert (frozen.complete, worker.version) == (True, 0)
+
+
+def test_its_copies_are_of_no_use_to_another_lineage_and_say_so():
+    frozen = stepped(opened(), 1).freeze(entry(2, lineage=2, origin="x"))
+    assert (frozen.lineage, frozen.versions) == (1, (1, 1, 1))
+
+
+def test_the_record_of_the_base_is_that_of_the_plan_until_the_step_is_taken():
+    """Some of the slices came in the generation before, and the next one freezes again."""
+    worker = opened()
+    worker.take_record(record(1), 1)
+    worker.arrived(0, 1)
+    for generation in (2, 3):
+        frozen = worker.freeze(entry(generation))
+        assert (frozen.versions, frozen.record) == ((1, 0, 0), record(1))
+        worker.open(jobs.plan(entry(generation), 1, record(1)))
+
+
+def test_without_state_an_unchanged_slice_is_no_copy_after_the_first_version():
+    worker = opened(spec=CHECKPOINT)
+    worker.arrived(0, 1, unchanged=True)
+    assert worker.freeze(entry(2, spec=CHECKPOINT)).slices == (1, 2)
+
+
 # --- W3: supplies --------------------------------------------------------------------------------
+
+
+def sources(plan, *named: tuple[int, int], member: str = "w"):
+    """The plan, with these slices and versions wanted of a member."""
+    wanted = tuple(Source(slice=i, member=member, version=v) for i, v in named)
+    return dataclasses.replace(plan, sources=wanted)
 
 
 def test_it_supplies_what_the_plan_names_it_for():
     worker = new()
     plan = jobs.plan(entry(), sources=True)
     worker.freeze(plan.entry)
-    assert worker.supplies(plan) == {0, 1, 2}
+    assert worker.supplies(plan) == {0: 0, 1: 0, 2: 0}
     some = dataclasses.replace(plan, sources=plan.sources[1:2])
-    assert worker.supplies(some) == {1}
+    assert worker.supplies(some) == {1: 0}
+    assert not worker.misses(plan)
 
 
-def test_it_supplies_nothing_to_others_plans_or_other_generations():
+def test_it_supplies_slices_at_the_base_and_others_at_the_version_before():
+    worker = opened()
+    worker.take_record(record(1), 1)
+    worker.arrived(1, 1)
+    worker.freeze(entry(2))
+    plan = sources(jobs.plan(entry(2), 1, record(1)), (0, 0), (1, 1))
+    assert worker.supplies(plan) == {0: 0, 1: 1}
+
+
+def test_it_supplies_nothing_to_others_plans_or_other_generations_or_after_the_open():
     worker = new()
     worker.freeze(entry())
-    assert worker.supplies(jobs.plan(entry(origin="x"), sources=True)) == set()
+    plan = jobs.plan(entry(), sources=True)
+    assert worker.supplies(sources(plan, (0, 0), member="x")) == {}
+    worker.open(plan)
+    assert worker.supplies(plan) == {}
     worker.freeze(entry(2))
-    assert worker.supplies(jobs.plan(entry(), sources=True)) == set()
+    assert worker.supplies(plan) == {}
+    assert not worker.misses(plan)
+
+
+@pytest.mark.parametrize("named", [(0, 1), (1, 0)], ids=["not yet", "changed"])
+def test_a_plan_that_names_it_for_what_it_has_not_is_answered_with_what_it_has(named):
+    worker = new()
+    worker.freeze(entry())
+    worker.changed(1)
+    plan = sources(jobs.plan(entry()), named, (2, 0))
+    assert worker.supplies(plan) == {2: 0}
+    assert worker.misses(plan)
+    assert worker.freeze(plan.entry).slices == (0, 2)
+
+
+def test_a_slice_that_was_changed_comes_whole_with_the_next_step():
+    worker = opened()
+    worker.changed(1)
+    assert worker.held([0, 1]) == -1
+    assert worker.behind(range(3), 1) == [0, 1, 2]
+    with pytest.raises(InvalidFrame, match="unchanged"):
+        worker.arrived(1, 1, unchanged=True)
+    assert stepped(worker, 1).freeze(entry(2)).slices == (0, 1, 2)
 
 
 # --- W4: open ------------------------------------------------------------------------------------
@@ -221,21 +287,45 @@ def test_a_job_without_a_lineage_can_be_opened():
 
 def test_an_open_that_is_repeated_drops_nothing():
     worker = opened()
-    worker.writes(run(0, 0, 2))
+    worker.take_record(record(1), 1)
+    worker.arrived(0, 1)
     assert worker.open(jobs.plan(entry()))
-    worker.writes(run(0, 2, 2))
-    worker.wrote(run(0, 2, 2), 1)
-    assert worker.behind([0], 1) == []
+    assert worker.behind(range(3), 1) == [1, 2]
+    assert worker.freeze(entry(2)).record == record(1)
 
 
-def test_a_slice_that_was_torn_by_a_freeze_begins_anew():
+def test_a_freeze_takes_nothing_from_slices_that_have_come():
     worker = opened()
-    worker.writes(run(0, 0, 2))
+    worker.take_record(record(1), 1)
+    worker.arrived(0, 1)
     worker.freeze(entry(2))
-    worker.open(jobs.plan(entry(2)))
-    assert worker.held([0, 1]) == -1
-    with pytest.raises(InvalidFrame):
-        worker.writes(run(0, 2, 2))
+    worker.open(jobs.plan(entry(2), 1, record(1)))
+    assert (worker.held([0]), worker.behind(range(3), 1)) == (1, [1, 2])
+
+
+# --- W4: the gradient of a step that is decided --------------------------------------------------
+
+
+def test_the_gradient_of_the_next_step_goes_to_every_shard():
+    worker = opened()
+    assert worker.owes(worker.plan, [0, 2], 1) == [0, 2]
+
+
+@pytest.mark.parametrize("workers", [("w",), ("v",)])
+def test_a_decided_step_is_pushed_again_by_those_who_took_part_for_slices_that_nobody_has(workers):
+    worker = opened()
+    worker.arrived(0, 1)
+    worker.freeze(entry(2))
+    of = dataclasses.replace(record(1), workers=workers)
+    plan = dataclasses.replace(jobs.plan(entry(2), 1, of), behind=(2,))
+    worker.open(plan)
+    assert worker.behind(range(3), 1) == [1, 2]
+    assert worker.owes(plan, range(3), 1) == ([2] if workers == ("w",) else [])
+
+
+def test_a_first_version_has_no_gradient():
+    worker = opened(origin="x")
+    assert worker.owes(worker.plan, range(3), 0) == []
 
 
 # --- W6: what of a reply is used -----------------------------------------------------------------
@@ -253,55 +343,36 @@ def test_what_belongs_to_another_generation_is_refused():
             worker.check(generation)
 
 
-def test_a_slice_is_at_the_step_when_it_is_whole_and_torn_until_then():
+def test_a_slice_is_at_the_step_that_it_has_come_with():
     worker = opened()
-    for start, count in ((0, 1), (1, 2), (3, 1)):
-        worker.writes(run(0, start, count))
-        worker.wrote(run(0, start, count), 1)
-        assert worker.held([0]) == (1 if start + count == 4 else -1)
+    worker.arrived(0, 1)
+    assert [worker.held([index]) for index in range(3)] == [1, 0, 0]
     assert worker.behind(range(3), 1) == [1, 2]
 
 
-def test_a_reply_that_begins_again_writes_the_slice_anew():
+@pytest.mark.parametrize("index", [3, -1])
+def test_a_slice_that_does_not_exist_is_refused(index):
     worker = opened()
-    worker.writes(run(0, 0, 3))
-    worker.wrote(run(0, 0, 3), 1)
-    receive(worker, 1, 0)
-    assert worker.held([0]) == 1
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        Run(slice=3, start=0, count=1, dtype=DType.FLOAT32),
-        Run(slice=-1, start=0, count=1, dtype=DType.FLOAT32),
-        run(0, 2, 2),
-        run(0, 0, 5),
-        run(1, 1, 1),
-    ],
-    ids=["no slice", "negative", "gap", "too long", "never begun"],
-)
-def test_elements_that_do_not_fit_are_refused_before_they_are_written(bad):
-    worker = opened()
-    with pytest.raises(InvalidFrame):
-        worker.writes(bad)
+    with pytest.raises(InvalidFrame, match="there is no slice"):
+        worker.arrived(index, 1)
     assert worker.held(range(3)) == 0
 
 
 def test_a_slice_that_is_said_to_be_unchanged_is_at_the_step():
     worker = opened()
-    unchanged = run(0, 0, 0)
-    worker.writes(unchanged)
-    worker.wrote(unchanged, 1)
-    assert worker.held([0]) == 1
+    for _ in range(2):  # a stream that is repeated says it again
+        worker.arrived(0, 1, unchanged=True)
+        assert worker.held([0]) == 1
 
 
-def test_a_torn_slice_cannot_be_unchanged():
-    worker = opened()
-    worker.writes(run(0, 0, 2))
-    with pytest.raises(InvalidFrame, match="slice 0"):
-        worker.writes(run(0, 0, 0))
-    assert worker.held([0]) == -1
+@pytest.mark.parametrize("held", [-1, 0, 3])
+def test_a_slice_that_is_not_at_the_version_before_cannot_be_unchanged(held):
+    worker = opened(origin="x", base=max(held, 0), of=record(3) if held == 3 else None)
+    if held >= 0:
+        worker.arrived(0, held)
+    with pytest.raises(InvalidFrame, match="slice 0 is said to be unchanged in step 2"):
+        worker.arrived(0, 2, unchanged=True)
+    assert worker.held([0]) == held
 
 
 def test_two_shards_must_send_the_same_record():

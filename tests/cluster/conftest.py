@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -13,17 +14,19 @@ START_ATTEMPTS = 5
 
 
 class RedisServer:
-    """A `redis-server` process on a port of its own, which keeps nothing when it ends."""
+    """A `redis-server` process on a port of its own, which keeps its data only if it is durable."""
 
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(self, folder: Path, port: int, *, durable: bool = False) -> None:
         self.port = port
         self.url = f"redis://127.0.0.1:{port}/0"
-        self._folder = folder
+        self._folder, self._durable = folder, durable
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> bool:
         """Start it and wait until it accepts connections; false if its port was taken."""
         settings = {"--bind": "127.0.0.1", "--port": str(self.port), "--dir": str(self._folder)}
+        if self._durable:
+            settings |= {"--appendonly": "yes", "--appendfsync": "always"}
         self._process = subprocess.Popen(
             ["redis-server", *(word for pair in settings.items() for word in pair), "--save", ""],
             stdout=subprocess.PIPE,
@@ -36,6 +39,16 @@ class RedisServer:
             self.stop()
         return ready
 
+    def pause(self) -> None:
+        """Have it do nothing, and keep its connections."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Have it go on, with what was sent to it meanwhile."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
     def stop(self) -> None:
         """End it as `kill -9` does."""
         if self._process is not None:
@@ -44,12 +57,12 @@ class RedisServer:
             self._process = None
 
 
-def start_redis(folder: Path) -> RedisServer:
+def start_redis(folder: Path, *, durable: bool = False) -> RedisServer:
     """A server that runs. Somebody may take the free port before it does, so it tries again."""
     for _ in range(START_ATTEMPTS):
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
-        server = RedisServer(folder, port)
+        server = RedisServer(folder, port, durable=durable)
         if server.start():
             return server
     raise RuntimeError(f"redis-server did not start on any of {START_ATTEMPTS} ports")

@@ -10,7 +10,8 @@ from adashard.wire.control import Frozen, FullSums, Opened, Planned, Standing
 from adashard.wire.messages import Entry, Record
 from adashard.wire.spec import AdafactorLayout, Group, JobSpec, Parameter
 from adashard_server.cluster.instructions import Announce, Instruction, Swap, Tell
-from adashard_server.cluster.membership import Membership, Phase, Surroundings
+from adashard_server.cluster.membership import Membership, Phase
+from adashard_server.cluster.succession import Surroundings
 
 SPEC = JobSpec(
     parameters=tuple(Parameter(name=f"parameter-{n}", shape=(4,)) for n in range(3)),
@@ -43,6 +44,7 @@ class Scene:
     membership: Membership
     shards: tuple[str, ...] = SHARDS
     dead: frozenset[str] = frozenset()
+    quiet: frozenset[str] = frozenset()
     given_up: frozenset[str] = frozenset()
     min_shards: int = 1
     now: float = 0.0
@@ -89,6 +91,7 @@ class Scene:
         around = Surroundings(
             shards={s: f"{s}:5000" for s in self.shards if s not in self.dead},
             dead=self.dead,
+            silent=self.quiet,
             given_up=self.given_up,
             min_shards=self.min_shards,
         )
@@ -128,11 +131,12 @@ class Scene:
             versions=(self.base,) * len(held),
             sums=(FullSums(step=self.base + 1, workers=(), slices=()),),
             record=self.record,
+            fresh=not entry.opened and member != entry.lineage.origin,
         )
 
     def planned(self, *shards: str) -> list[Instruction]:
         said: list[Instruction] = []
-        for shard in shards or self.shards:
+        for shard in shards or [shard.id for shard in self.entry.shards]:
             answer = Planned(job="job", generation=self.entry.generation)
             said = self.membership.planned(shard, answer, self.now)
         return said

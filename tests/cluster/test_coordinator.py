@@ -194,7 +194,7 @@ def test_whoever_is_refused_is_told_why_and_is_no_member():
     other = replace(SPEC, parameters=(Parameter(name="other", shape=(2,)),))
     with pytest.raises(ModelMismatch) as raised:
         bench.hello(a_worker("worker-1", spec=other))
-    with pytest.raises(InvalidRequest, match="has not said hello"):
+    with pytest.raises(LeaseExpired, match="has been forgotten"):
         bench.says("worker-1", Renewal())
     bye = refusal(a_worker("worker-1"), raised.value)
     assert bye.job == "job"
@@ -345,7 +345,7 @@ def test_a_job_of_a_known_name_begins_above_what_its_shards_have_promised():
     assert bench.coordinator.jobs["job"].entry.generation == 7
 
 
-def test_a_coordinator_that_starts_gives_every_member_a_fresh_lease_and_makes_a_generation():
+def test_a_coordinator_that_starts_gives_every_member_time_to_come_and_makes_a_generation():
     entry = Bench.opened("worker-0").coordinator.jobs["job"].entry
     bench = Bench(entry)
     bench.hello(a_shard())
@@ -354,8 +354,19 @@ def test_a_coordinator_that_starts_gives_every_member_a_fresh_lease_and_makes_a_
     assert opens.keys() == {"worker-0", "shard-00"}
     assert opens["worker-0"].plan.entry.generation == 2
     silent = Bench(entry)
-    assert silent.coordinator.leases.dead(14.0) == frozenset()
-    assert silent.coordinator.leases.dead(15.0) == {"worker-0", "shard-00"}
+    assert silent.coordinator.leases.dead(4.9) == frozenset()
+    assert silent.coordinator.leases.dead(5.0) == {"worker-0", "shard-00"}
+
+
+def test_a_coordinator_that_finds_another_ones_entry_in_the_registry_steps_down():
+    bench = Bench.opened("worker-0")
+    entry = bench.coordinator.jobs["job"].entry
+    older = replace(entry, generation=entry.generation - 1, author="other/1")
+    for stored in (None, entry, older):
+        assert bench.coordinator.looked_up("job", stored) == []
+    for changes in ({"author": "other/1"}, {"generation": 9}):
+        (said,) = bench.coordinator.looked_up("job", replace(entry, **changes))
+        assert isinstance(said, StepDown)
 
 
 def test_a_generation_reaches_everybody_it_names():

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adashard.wire.errors import InvalidSettings
 from adashard_server.cluster.leases import Leases, LeaseSettings
 
 SETTINGS = LeaseSettings(lease_s=15.0, grace_s=2.0, renew_s=1.0, replace_after_s=5.0)
@@ -82,3 +83,26 @@ def test_it_knows_for_how_long_a_member_is_silent_and_dead(leases: Leases):
     assert leases.silent_s("w", 103.0) == 3.0
     assert leases.dead_since_s("w", 110.0) == 0.0
     assert leases.dead_since_s("w", 121.0) == 6.0
+
+
+@given(times, times)
+def test_nothing_that_an_evicted_member_says_revives_it(evicted: float, later: float):
+    leases = Leases(SETTINGS)
+    leases.renew("w", 0.0)
+    leases.revoke("w", evicted)
+    leases.tick(evicted)
+    leases.renew("w", evicted + later)
+    leases.tick(evicted + later)  # perhaps after a pause, when all leases start again
+    assert leases.dead(evicted + later) == {"w"}
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["lease_s", "grace_s", "renew_s", "replace_after_s"])
+def test_a_time_that_is_none_is_refused_by_name(name: str, value: float):
+    with pytest.raises(InvalidSettings, match=name):
+        LeaseSettings(**{name: value})
+
+
+def test_a_lease_outlives_two_lost_renewals():
+    with pytest.raises(InvalidSettings, match="a third of lease_s"):
+        LeaseSettings(lease_s=2.9, renew_s=1.0)

@@ -20,10 +20,10 @@ from adashard.wire.control import (
     PlanRequest,
     Standing,
 )
-from adashard.wire.errors import from_info
 from adashard.wire.messages import Entry, Lineage
 from adashard_server.cluster.instructions import HangUp, StepDown, Swap
 from adashard_server.cluster.membership import REPEAT_S, Membership, Phase
+from adashard_server.cluster.registry import ABSENT
 
 # --- the procedure -------------------------------------------------------------------------------
 
@@ -243,57 +243,6 @@ def test_ranks_are_ascending_and_never_used_again(course: list[str]):
         assert list(scene.workers().values()) == sorted(scene.workers().values())
 
 
-# --- shards --------------------------------------------------------------------------------------
-
-
-def test_a_silent_shard_is_waited_for_and_everybody_hears_why():
-    scene = Scene.opened("w0")
-    scene.dead = frozenset({"shard-0"})
-    said = scene.tick()
-    assert "shard-0 is silent" in told(said, Notice)["w0"].text
-    assert announced(said) == ["waiting"]
-    assert scene.phase is Phase.OPEN
-
-
-def test_a_job_whose_shard_is_gone_is_lost_and_says_so_to_every_worker():
-    scene = Scene.opened("w0", "w1")
-    scene.membership.join("w2")
-    scene.dead = scene.given_up = frozenset({"shard-0"})
-    scene.swap()
-    scene.written()
-    said = scene.freeze()
-    assert scene.phase is Phase.LOST
-    assert announced(said) == ["lost"]
-    byes = told(said, Bye)
-    assert byes.keys() == {"w0", "w1", "w2"}
-    for bye in byes.values():
-        assert bye.error is not None
-        assert from_info(bye.error).reason == "JobLost"
-    assert "parameter-0" in scene.membership.reason
-    assert scene.tick(100.0) == []
-
-
-def test_a_job_all_of_whose_shards_are_gone_is_lost():
-    scene = Scene.opened("w0")
-    scene.dead = scene.given_up = frozenset({"shard-0", "shard-1"})
-    assert told(scene.tick(), Bye).keys() == {"w0"}
-    assert scene.membership.reason == "all shards of the job are gone"
-
-
-def test_a_job_begins_anew_with_whoever_is_there_then():
-    scene = Scene.opened("w0")
-    scene.dead = scene.given_up = frozenset({"shard-0", "shard-1", "w0"})
-    scene.tick()
-    scene.shards = ("shard-2",)
-    scene.membership.restart(replace(SPEC, min_workers=1))
-    scene.membership.join("w1")
-    scene.base = 0
-    scene.make_generation()
-    assert scene.entry.lineage == Lineage(number=2, origin="w1")
-    assert [shard.id for shard in scene.entry.shards] == ["shard-2"]
-    assert scene.workers() == {"w1": 1}
-
-
 # --- a lineage that was never opened -------------------------------------------------------------
 
 
@@ -333,14 +282,22 @@ def test_a_lost_swap_answer_is_recognised_by_its_author():
     assert told(scene.written(done=False, stored=swap.entry), Freeze)
 
 
-@pytest.mark.parametrize("author", ["other/1", None])
-def test_a_coordinator_whose_swap_fails_steps_down(author: str | None):
+def test_a_coordinator_whose_swap_fails_steps_down():
     scene = Scene.begin("w0")
     swap = scene.swap()
-    stored = replace(swap.entry, author=author) if author else None
-    (down,) = scene.written(done=False, stored=stored)
+    (down,) = scene.written(done=False, stored=replace(swap.entry, author="other/1"))
     assert isinstance(down, StepDown)
     assert "another coordinator" in down.reason
+
+
+def test_what_a_registry_has_lost_is_written_again_and_said():
+    scene = Scene.opened("w0")
+    scene.membership.join("w1")
+    swap = scene.swap()
+    lost, again = scene.written(done=False, stored=None)
+    assert announced([lost]) == ["registry_lost"]
+    assert again == Swap(swap.entry, ABSENT)
+    assert told(scene.written(), Freeze).keys() == {"w0", "w1", "shard-0", "shard-1"}
 
 
 def test_a_coordinator_that_is_shown_a_higher_generation_steps_down():

@@ -58,6 +58,17 @@ def test_a_worker_that_is_killed_is_named_with_the_signal():
         listened("import os; os.kill(os.getpid(), 9)")
 
 
+def test_a_worker_that_the_demo_kills_has_not_failed_and_the_others_are_heard():
+    told = []
+    with Crew([python(SAYS_ALL), python(SAYS_ALL + WAITS)]) as crew:
+        for one in crew.listen():
+            told.append(one)
+            if one == (1, STEPS[-1]):
+                crew.workers[1].kill()
+    assert [one for one in told if one and one[0] == 0] == [(0, step) for step in STEPS]
+    assert gone(crew.workers[1].pid)
+
+
 def test_a_worker_that_says_nothing_for_too_long_has_failed(monkeypatch):
     monkeypatch.setattr(processes, "SILENCE_MAX_S", 0.0)
     with pytest.raises(WorkerFailed, match="did not say a word"):

@@ -24,6 +24,9 @@ SUMMARY = Summary(
     training_s=118.6,
     pushed_bytes=4_822_272_000,
     pulled_bytes=4_822_272_000,
+    push_count=1200,
+    longest_s=4.31,
+    weights="0123456789abcdef" * 4,
 )
 
 
@@ -47,8 +50,10 @@ def test_the_table_says_what_was_trained_and_what_came_of_it():
         "held-out, after 2.28 bits/byte trained on 10.4 MB of 582 other files",
         "optimizer state 38.5 kB Adam would hold 8.0 MB, 209 times that",
         "speed 5.0 steps/s training took 119 s",
+        "longest step 4.3 s with all that it waited for",
         "pushed 4.8 GB gradients, 4.0 MB a worker and step",
         "pulled 4.8 GB weights, 4.0 MB a worker and step",
+        "weights 0123456789abcdef begin of their SHA-256",
     ]
 
 

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from adashard_server.demo import run
+from adashard_server.demo.chaos import Victim
 
 pytestmark = pytest.mark.processes
 
@@ -54,6 +55,11 @@ def test_a_signal_ends_the_demo_and_is_heeded_as_before_thereafter(demo, capsys,
     assert demo(signalling, workers=1) == code  # a second signal would come when all is over
     assert "Interrupted" in capsys.readouterr().out
     assert signal.getsignal(number) is before
+
+
+def test_the_last_worker_is_not_killed():
+    with pytest.raises(ValueError, match="workers=1: one has to live on"):
+        run.run_demo(workers=1, victims=[Victim.WORKER])
 
 
 @pytest.mark.parametrize("option", ["steps", "workers", "shards"])

@@ -16,6 +16,10 @@ def stepped(step, loss=1.0, elapsed_s=0.0):
     return Stepped(step=step, loss=loss, elapsed_s=elapsed_s)
 
 
+def evaluated(step, bits):
+    return Evaluated(step=step, bits_per_byte=bits, predicted_bytes=3, weights=f"bits of {step}")
+
+
 @pytest.fixture
 def story():
     return Story([task(0), task(1)])
@@ -55,13 +59,16 @@ def test_state_that_shards_have_not_told_of_is_unknown_and_not_nothing(story, fi
 
 def test_the_summary_puts_together_what_workers_and_rest_have_told(story):
     story.add(0, Began(parameter_count=7, training_bytes=6, training_files=5, held_out_files=4))
-    story.add(0, Evaluated(step=0, bits_per_byte=8.0, predicted_bytes=3))
-    for step in (1, 2, 3):
+    story.add(0, evaluated(0, 8.0))
+    for step, elapsed_s in ((1, 1.0), (2, 2.5), (3, 3.0)):
+        assert story.step == step - 1
         story.add(1, stepped(step, elapsed_s=step + 50.0))
-        story.add(0, stepped(step, elapsed_s=float(step)))
-    story.add(0, Evaluated(step=3, bits_per_byte=2.0, predicted_bytes=3))
+        story.add(0, stepped(step, elapsed_s=elapsed_s))
+    story.add(0, evaluated(3, 2.0))
     summary = story.summary(FIGURES, shards=9)
     assert (summary.bits_before, summary.bits_after) == (8.0, 2.0)
     assert (summary.steps, summary.workers, summary.shards) == (3, 2, 9)
     assert (summary.steps_per_s, summary.training_s) == (1.0, 3.0)
     assert (summary.state_bytes, summary.pulled_bytes) == (5, 20)
+    assert summary.push_count == 6
+    assert (summary.longest_s, summary.weights) == (1.5, "bits of 3")

@@ -18,7 +18,9 @@ PROGRESS = st.one_of(
         training_files=NUMBERS,
         held_out_files=NUMBERS,
     ),
-    st.builds(Evaluated, step=NUMBERS, bits_per_byte=REALS, predicted_bytes=NUMBERS),
+    st.builds(
+        Evaluated, step=NUMBERS, bits_per_byte=REALS, predicted_bytes=NUMBERS, weights=st.text()
+    ),
     st.builds(Stepped, step=NUMBERS, loss=REALS, elapsed_s=REALS),
 )
 

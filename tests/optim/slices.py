@@ -6,18 +6,22 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add
 
 import torch
 from hypothesis import strategies as st
+from tests.wire.trees import leaves_of
 from torch import Tensor
 
 from adashard import schedule
+from adashard.wire.placement import merged
 from adashard_server.optim import adafactor, partials
 from adashard_server.optim.adafactor import Measures, Settings, State, new_state
 from adashard_server.optim.factored import Axes
+from adashard_server.optim.layout import Layout
 from adashard_server.optim.partials import Partial
 from adashard_server.optim.passes import Passes
-from adashard_server.optim.split import Layout, Measured, SliceStep
+from adashard_server.optim.split import Measured, SliceStep
 
 PAPER = Settings(
     eps1=1e-30,
@@ -95,9 +99,11 @@ class CutParameter:
             total = self._with_clamped(steps, gradients, measured, total)
         found = {}
         for at in self._order:
-            piece = self.pieces[at]
+            piece, short = self.pieces[at], measured[at].short
+            if piece.layout.long is not None:
+                short = steps[at].short(piece.state, total)
             found[at], piece.squared_sum = steps[at].apply(
-                piece.weight, gradients[at], piece.state, measured[at], total, rho=rho
+                piece.weight, gradients[at], piece.state, measured[at], total, short, rho=rho
             )
         return [found[at] for at in range(len(self.pieces))]
 
@@ -178,11 +184,12 @@ class CutParameter:
 
     def _total(self, parts: Sequence[Partial]) -> Partial:
         """Added up in each shard, then what is left over all shards."""
+        leaves = leaves_of(len(parts))
         found = list[tuple[int, int, Partial]]()
         for start, stop in itertools.pairwise(self._borders):
             of_shard = [(place, 1, parts[place]) for place in range(start, stop)]
-            found += partials.merged(of_shard, Partial.__add__)
-        ((place, count, total),) = partials.merged(found, Partial.__add__)
+            found += merged(leaves, of_shard, add)
+        ((place, count, total),) = merged(leaves, found, add)
         assert (place, count) == (0, len(parts))
         return total
 
@@ -195,8 +202,10 @@ class CutParameter:
     ) -> Partial:
         """The second exchange, of sums that were taken element by element."""
         clamped = [
-            partials.alone(0.0, steps[at].clamped(gradients[at], piece.state, measured[at], total))
-            for at, piece in enumerate(self.pieces)
+            partials.alone(0.0, step.clamped(gradient, one, step.short(piece.state, total)))
+            for step, gradient, one, piece in zip(
+                steps, gradients, measured, self.pieces, strict=True
+            )
         ]
         return dataclasses.replace(
             total, update_squared_sum=self._total(clamped).update_squared_sum

@@ -16,8 +16,9 @@ from tests.optim.slices import PAPER, CutParameter, any_settings, cuts, drawn, h
 from adashard_server.optim.adafactor import new_state
 from adashard_server.optim.compiled import CompiledPasses
 from adashard_server.optim.factored import Axes
+from adashard_server.optim.layout import Layout
 from adashard_server.optim.passes import Passes
-from adashard_server.optim.split import Layout, SliceStep
+from adashard_server.optim.split import SliceStep
 
 seeds = st.integers(0, 2**32 - 1)
 # Around the lanes of a row, the blocks of rows and the widths of vector units.

@@ -24,8 +24,9 @@ from tests.optim.test_golden import axes_of, resumed, rho_of, settings_of
 from adashard import schedule
 from adashard_server.optim.compiled import CompiledPasses
 from adashard_server.optim.factored import Axes
+from adashard_server.optim.layout import Layout
 from adashard_server.optim.passes import Passes
-from adashard_server.optim.split import Layout, SliceStep
+from adashard_server.optim.split import SliceStep
 
 seeds = st.integers(0, 2**32 - 1)
 

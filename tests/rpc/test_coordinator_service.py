@@ -68,6 +68,7 @@ async def desk() -> AsyncIterator[Desk]:
         clock=lambda: 0.0,
         announce=lambda event: None,
         observe=lambda member, message: observed.append((member, message)),
+        keep=lambda instruction: None,
     )
     server, port = await start_coordinator_server(service, "127.0.0.1", 0)
     made = Desk(service, server, port)

@@ -21,7 +21,7 @@ from adashard_server.shard.instructions import (
     Send,
     Wait,
 )
-from adashard_server.shard.partials import Finding, packed, short_count
+from adashard_server.shard.partials import Finding, short_count
 from adashard_server.shard.records import bit
 from adashard_server.shard.rounds import Rounds
 
@@ -38,6 +38,7 @@ class Node:
         self.rounds = Rounds(name)
         self.sums: dict[int, list[list[str]]] = {}
         self.records: list[Record] = []
+        self.committed: list[Committed] = []
         self.sent: list[Send] = []
         self.measured: list[Measure] = []
         self.refused: list[Refuse] = []
@@ -90,6 +91,7 @@ class Node:
                     self.refused.append(instruction)
                 case Committed(record=record):
                     self.records.append(record)
+                    self.committed.append(instruction)
 
     def settle(self) -> None:
         """Every slice takes the step that it owes."""
@@ -160,7 +162,7 @@ def found(piece: Slice, exchange: Exchange, square: float) -> Finding:
     if exchange is Exchange.NORM or not piece.split:
         return Finding(square)
     if exchange is Exchange.CLAMPED:
-        return Finding(0.0, packed(piece.index, 1, alone(0.0, 0.7 * piece.index)))
+        return Finding(0.0, alone(0.0, 0.7 * piece.index))
     numbers = torch.Generator().manual_seed(piece.index)
     squares, ratios = torch.rand(2, short_count(piece), generator=numbers)
     partial = Partial(
@@ -170,7 +172,7 @@ def found(piece: Slice, exchange: Exchange, square: float) -> Finding:
         squares=squares,
         ratios=ratios,
     )
-    return Finding(square, packed(piece.index, 1, partial))
+    return Finding(square, partial)
 
 
 def pieces(piece: Slice, chooser: random.Random) -> list[tuple[int, int, int]]:

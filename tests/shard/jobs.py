@@ -18,7 +18,7 @@ from adashard.wire.messages import (
     Source,
 )
 from adashard.wire.placement import DEFAULT_SLICE_BYTES, cut
-from adashard.wire.spec import AdafactorLayout, Group, JobSpec, Parameter
+from adashard.wire.spec import AdafactorLayout, Group, JobSpec, Parameter, Recovery
 
 JOB = "job"
 
@@ -34,6 +34,7 @@ def spec(
         groups=(Group(adafactor=AdafactorLayout(**layout)),),
         slice_bytes=slice_bytes,
         min_workers=1,
+        recovery=Recovery.CHECKPOINT if layout.get("momentum") else Recovery.WORKERS,
     )
 
 

@@ -12,7 +12,8 @@ import torch
 from tests.shard import jobs
 from torch import Tensor
 
-from adashard.wire.control import Freeze, Frozen, Open, Planned, PlanRequest, StepSummary
+from adashard.wire.checksums import extended
+from adashard.wire.control import Freeze, Frozen, Happened, Open, Planned, PlanRequest, StepSummary
 from adashard.wire.frames import read_frame
 from adashard.wire.messages import (
     Acknowledge,
@@ -29,6 +30,7 @@ from adashard_server.shard.early import EarlyRuns
 from adashard_server.shard.engine import Engine
 from adashard_server.shard.exchange import MemoryExchange, PeerExchange
 from adashard_server.shard.shard import Shard
+from adashard_server.shard.storing import Storage
 
 Weights = dict[int, Tensor]
 States = dict[int, dict[Content, Tensor]]
@@ -53,10 +55,16 @@ class Reply:
 class Table:
     """Shards of one job that exchange reports in memory unless told otherwise."""
 
-    def __init__(self, names: Sequence[str] = ("s0",), exchange: PeerExchange | None = None):
+    def __init__(
+        self,
+        names: Sequence[str] = ("s0",),
+        exchange: PeerExchange | None = None,
+        storage: Storage | None = None,
+        told: list[Planned | StepSummary | Happened] | None = None,
+    ) -> None:
         self.exchange = exchange or MemoryExchange()
         self.entry: Entry | None = None
-        self.told: list[Planned | StepSummary] = []
+        self.told = [] if told is None else told
         ticks = itertools.count()
         self.shards = {
             name: Shard(
@@ -65,6 +73,7 @@ class Table:
                 self.exchange,
                 clock=lambda: float(next(ticks)),
                 tell=self.told.append,
+                storage=storage,
             )
             for name in names
         }
@@ -156,7 +165,15 @@ def piece(
     """A run of a slice or of its state, and its bytes."""
     flat = flat_on_cpu(values.reshape(-1)[start:stop])
     dtype = wire_dtype(flat.dtype)
-    run = Run(slice=index, start=start, count=flat.numel(), dtype=dtype, content=content)
+    whole = flat_on_cpu(values.reshape(-1)[:stop])
+    run = Run(
+        slice=index,
+        start=start,
+        count=flat.numel(),
+        dtype=dtype,
+        content=content,
+        checksum=extended(0, as_buffer(whole)),
+    )
     return run, as_buffer(flat)
 
 

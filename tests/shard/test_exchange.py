@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tests.shard import jobs
 from tests.shard.tables import Table, push, talked
 
+from adashard.transport.links import Links
 from adashard.wire.messages import ExchangeRequest, Member, Report
 from adashard_server.rpc.peer_client import GrpcExchange
 from adashard_server.rpc.shard_server import start_shard_server
@@ -72,7 +74,9 @@ def peers(request) -> Iterator[Peers]:
             for name, (_, port) in zip(NAMES, started, strict=True)
         ]
 
-    exchange = MemoryExchange() if request.param == "memory" else GrpcExchange()
+    exchange = (
+        MemoryExchange() if request.param == "memory" else GrpcExchange(Links(time.monotonic))
+    )
     yield Peers(exchange, serve)
     exchange.close()
     for server in servers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from operator import add
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from tests.shard.pushers import SPEC, bounds, dice, entries
 
 from adashard.wire.errors import InvalidRequest
 from adashard.wire.messages import Exchange, Outcome, Report
-from adashard.wire.placement import cut, nodes
+from adashard.wire.placement import cut, merged, nodes
 from adashard.wire.spec import EpsPlacement
-from adashard_server.shard.partials import added, merged_squares, squares_by_node
+from adashard_server.shard.partials import added
 from adashard_server.shard.records import completed, draft_record
 
 # A matrix that is cut along its columns, a vector that is cut, and one that is not.
@@ -147,15 +148,14 @@ def test_a_shard_tells_one_partial_and_one_squared_sum_for_each_whole_subtree(
 def test_squared_sums_have_the_same_bits_however_they_are_grouped(values, chooser):
     slices = cut(CUT)
     owners = [chooser.randrange(4) for _ in values]
+    leaves = [(index, 1, value) for index, value in enumerate(values)]
     told = [
         part
         for owner in range(4)
-        for part in squares_by_node(
-            slices, {i: value for i, value in enumerate(values) if owners[i] == owner}
-        )
+        for part in merged(slices, [one for one in leaves if owners[one[0]] == owner], add)
     ]
-    alone = squares_by_node(slices, dict(enumerate(values)))
-    assert list(merged_squares(slices, sorted(told))) == alone
+    alone = merged(slices, leaves, add)
+    assert merged(slices, sorted(told), add) == alone
     tree = [added_along_the_tree(values[0:4]), added_along_the_tree(values[4:8]), values[8]]
     assert [total for _, _, total in alone] == tree
 
@@ -209,7 +209,7 @@ def test_the_record_tells_the_norm_before_it_was_bounded(bound):
     (record,) = cluster.records[0]
     assert record.squared_norm == (0.0 + 1.0 + 2.0 + 3.0) + (4.0 + 5.0 + 6.0 + 7.0) + 8.0
     assert record.norm_factor == min(1.0, bound / (6.0 + 1e-6) if bound else 1.0)
-    assert cluster.nodes["s0"].rounds.squared_sum(1) == 0.0 + 1.0 + 4.0 + 6.0
+    assert cluster.nodes["s0"].committed[0].squared_sum == 0.0 + 1.0 + 4.0 + 6.0
 
 
 # --- what is believed ----------------------------------------------------------------------------

@@ -279,7 +279,6 @@ def test_a_job_without_a_lineage_is_planned_without_slices():
     node.rounds.plan(plan)
     assert node.rounds.has_plan(1)
     assert node.rounds.planned  # nothing is placed here
-    assert node.rounds.version == -1
 
 
 def test_slices_placed_elsewhere_are_kept_until_the_generation_opens():

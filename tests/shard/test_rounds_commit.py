@@ -90,7 +90,7 @@ def test_the_own_report_is_kept_after_the_commit_for_whoever_lacks_it():
     assert node.rounds.repeat() == []
     node.settle()
     assert node.rounds.own_report(1, Exchange.PARTIALS) == send.report
-    assert node.rounds.squared_sum(1) == sum(send.report.squared_sums) == 2.0
+    assert node.committed[0].squared_sum == sum(send.report.squared_sums) == 2.0
     assert node.rounds.repeat() == []
     assert node.rounds.exchange(report) == []
     node.rounds.freeze(jobs.entry(SPEC, generation=2, shards=("s0", "s1")))

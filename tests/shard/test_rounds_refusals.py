@@ -69,7 +69,7 @@ def test_a_pull_is_acknowledged_whether_the_step_is_decided_or_not():
     now, _ = node.rounds.begin(jobs.begin(entry, "a", 0, push=False))
     later, _ = node.rounds.begin(jobs.begin(entry, "a", 1, push=False))
     assert (now.complete, later.complete) == (True, False)
-    assert not node.rounds.begins
+    assert not node.rounds.sums.begins
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_push_whose_record_could_not_be_applied_is_refused(changes, words):
     begin = dataclasses.replace(jobs.begin(node.rounds.entry, "a"), **changes)
     with pytest.raises(InvalidRequest, match=words):
         node.rounds.begin(begin)
-    assert not node.rounds.begins
+    assert not node.rounds.sums.begins
 
 
 def test_settings_of_a_group_without_parameters_are_looked_at_as_well():

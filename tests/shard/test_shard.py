@@ -52,6 +52,22 @@ def test_every_moment_of_a_change_is_answered():
     assert shard.handle(Open(plan=plan)) == Opened(job=jobs.JOB, generation=1)
 
 
+def test_the_newest_entry_is_kept_for_a_coordinator_that_has_none_and_says_what_was_opened():
+    table = Table()
+    (shard,) = table.shards.values()
+    assert shard.entries() == ()
+    first = dataclasses.replace(jobs.entry(SPEC), opened=False)
+    shard.handle(Freeze(entry=first))
+    assert shard.entries() == (first,)
+    table.open(jobs.plan(first), WEIGHTS)
+    assert shard.entries() == (dataclasses.replace(first, opened=True),)
+    second = dataclasses.replace(first, generation=2, opened=True)
+    shard.handle(Freeze(entry=second))
+    assert shard.entries() == (second,)
+    shard.handle(Bye(job=jobs.JOB, generation=2))
+    assert shard.entries() == ()
+
+
 def test_a_plan_or_an_open_of_a_generation_that_is_not_promised_is_not_answered():
     table = opened(generation=3)
     (shard,) = table.shards.values()

@@ -14,7 +14,7 @@ from tests.shard.models import cases
 from tests.shard.tables import Table, alive, piece
 from tests.shard.trainings import same
 
-from adashard.wire.errors import InvalidFrame, StaleGeneration
+from adashard.wire.errors import DamagedFrame, InvalidFrame, StaleGeneration
 from adashard.wire.messages import Content, Run, UploadBegin
 from adashard.wire.placement import cut
 from adashard.wire.spec import DType
@@ -115,6 +115,21 @@ def test_a_run_without_elements_is_refused(begin_with):
     came = 20 if begin_with else 0
     with pytest.raises(InvalidFrame):
         upload.take(Run(slice=0, start=came, count=0, dtype=DType.FLOAT32), memoryview(b""))
+
+
+@given(st.sampled_from(list(SHAPES)), st.integers(1, 19), st.integers(0, 79), st.integers(1, 255))
+def test_bytes_that_are_not_those_that_were_sent_are_refused(content, border, place, flip):
+    upload, runs = begun(), runs_of([content], [border])
+    where = place % sum(buffer.nbytes for _, buffer in runs)
+    for run, buffer in runs:
+        damaged = bytearray(buffer)
+        if where < len(damaged):
+            damaged[where] ^= flip
+            break
+        where -= len(damaged)
+        upload.take(run, buffer)
+    with pytest.raises(DamagedFrame, match=f"of slice 0 came damaged from {upload.begin.sender}"):
+        upload.take(run, memoryview(damaged))
 
 
 def test_narrow_weights_are_widened():

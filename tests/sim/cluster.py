@@ -1,65 +1,106 @@
-"""A whole cluster in virtual time: its faults, and what must hold after every event."""
+"""A whole cluster in virtual time: its course, and what must hold after every event."""
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Iterator
 
-from tests.sim.clockwork import Loop, Process, Stream
-from tests.sim.coordinator import SimCoordinator
-from tests.sim.history import Gradient, History, Violation
+from tests.sim.clockwork import Loop, Process
+from tests.sim.coordinator import SimCoordinator, SimRegistry
+from tests.sim.faults import FAMILIES, Faults, Script
+from tests.sim.history import Violation
+from tests.sim.member import Member
+from tests.sim.network import Network, Stream
 from tests.sim.shard import SimShard
+from tests.sim.truth import Truth
 from tests.sim.worker import SimWorker
 
-from adashard.wire.control import Bye, FromCoordinator
-from adashard.wire.messages import Entry, ExchangeRequest, Run
+from adashard.wire.control import Bye
+from adashard.wire.errors import AdashardError, InvalidRequest, JobLost, LeaseExpired
+from adashard.wire.messages import Entry, Run
 from adashard.wire.placement import SLICE_BYTES_MIN, cut
 from adashard.wire.spec import AdafactorLayout, DType, EpsPlacement, Group, JobSpec, Parameter
+from adashard_server.cluster.leases import LeaseSettings
+from adashard_server.shard.instructions import Degraded
+from adashard_server.shard.rounds import Rounds
 
-FAULTS_S = 6.0  # of virtual time; then the network is kind and nobody is killed
-PATIENCE_S = 60.0  # within which every worker then takes its steps
+LEASES = LeaseSettings(lease_s=4.0, grace_s=1.5, renew_s=0.5, replace_after_s=2.0)
+PATIENCE_S = 60.0  # after the last fault, within which every worker takes its steps
 STEPS_AFTER = 3
 SHAPES = [(1,), (2,), (3,), (1,), (2,), (3,), (12, 2), (2, 17), (40,)]  # the last are split
 EPS_PLACEMENTS = [EpsPlacement.ADDED, EpsPlacement.CLAMPED]
 
 
-class Cluster:
-    """One coordinator, shards that live, and workers that come, leave and are killed.
+def job_of(rng: random.Random) -> JobSpec:
+    """A small job; of some parameters there are two slices or four."""
+    return JobSpec(
+        parameters=tuple(
+            Parameter(name=f"parameter-{n}", shape=rng.choice(SHAPES))
+            for n in range(rng.randint(1, 4))
+        ),
+        groups=(Group(adafactor=AdafactorLayout(eps_placement=rng.choice(EPS_PLACEMENTS))),),
+        slice_bytes=SLICE_BYTES_MIN,
+        min_workers=rng.randint(1, 2),
+    )
 
-    Everything follows from the seed: a failing one fails again, with the same events.
+
+class Cluster:
+    """Coordinators, shards and workers that come, leave and are killed.
+
+    Everything follows from the arguments: a run that fails fails again, with the same events.
+
+    Args:
+        seed: of everything that is left to chance.
+        family: which faults there are; one of `FAMILIES` where it is not said.
+        script: faults of an earlier run, to be repeated instead of drawing others.
+        traced: whether `lines` tell what happened.
     """
 
     job = "job"
+    leases = LEASES
 
-    def __init__(self, seed: int, *, traced: bool = False) -> None:
-        self.seed = seed
+    def __init__(
+        self,
+        seed: int,
+        *,
+        family: str | None = None,
+        script: Script | None = None,
+        traced: bool = False,
+    ) -> None:
+        self.loop = Loop(seed)
+        rng = self.loop.rng
+        weights = [one.weight for one in FAMILIES.values()]
+        (drawn,) = rng.choices(list(FAMILIES), weights)
+        self.family = family or drawn
+        kind = FAMILIES[self.family]
+        self.seed, self.kind = seed, kind
         self.lines: list[str] | None = [] if traced else None
-        self.loop = loop = Loop(seed)
-        self._rng = rng = loop.rng
-        self.gradients: dict[tuple[str, int], Gradient] = {}
+        self.spec = job_of(rng)
+        self.truth = Truth(cut(self.spec))
+        self.windows: Counter[str] = Counter()
+        self.changed = False  # whether somebody holds something new
+        self.lost = False
+        self.network = Network(self.loop, rough=kind.rough)
+        self.clock = Process(self.loop, "clock")
+        self.registry = SimRegistry(self)
         self.shard_count = rng.randint(1, 3)
-        self.spec = JobSpec(
-            parameters=tuple(
-                Parameter(name=f"parameter-{n}", shape=rng.choice(SHAPES))
-                for n in range(rng.randint(1, 4))
-            ),
-            groups=(Group(adafactor=AdafactorLayout(eps_placement=rng.choice(EPS_PLACEMENTS))),),
-            slice_bytes=SLICE_BYTES_MIN,
-            min_workers=rng.randint(1, 2),
-        )
-        self._slices = cut(self.spec)
-        self._truth: dict[tuple[str, int], History] = {}
-        self._last: History | None = None  # looked at last
+        self.apply_s = rng.choice([0.0, 0.03, 0.2])  # what a slice's step takes, now and then
+        self.durable = rng.random() < 0.5 if kind.durable is None else kind.durable
+        self.coordinators: list[SimCoordinator] = []
+        self.shards: dict[str, SimShard] = {}
+        self.workers: list[SimWorker] = []
         self._orders: dict[int, tuple[str, ...]] = {}
         self._ranks: dict[str, int] = {}
-        self._origin: str | None = None
+        self._took_part: set[str] = set()  # workers that were in an open generation
         self._target: int | None = None
-        self._faults = rng.choice([0, 2, 4, 8, 16])
-        self.coordinator = SimCoordinator(loop, self)
-        names = [f"shard-{n:03}" for n in range(self.shard_count)]
-        self.shards = {name: SimShard(loop, name, self) for name in names}
-        self.workers: list[SimWorker] = []
+        self._open = 0
+        self.faults = Faults(self, seed, kind, script)
+        self.begin_coordinator()
+        for _ in range(self.shard_count):
+            self.begin_shard()
         for _ in range(rng.randint(self.spec.min_workers, 3)):
-            self._begin_worker()
+            self.begin_worker()
 
     # --- the course of things -------------------------------------------------------------------
 
@@ -69,203 +110,272 @@ class Cluster:
         Raises:
             Violation: a promise is broken.
         """
-        while not self._finished():
-            if self.loop.now > FAULTS_S + PATIENCE_S:
-                raise Violation(f"seed {self.seed}: {self._stuck()}")
-            if self.loop.now < FAULTS_S:
-                self._maybe_fault()
-            elif self._target is None:
-                self._heal()
-            process = self.loop.next()
-            if process is not None:
-                self._check(process)
+        loop, faults = self.loop, self.faults
+        while not self.lost:
+            loop.next()
+            if self._target is None:
+                faults.after_event()
+                if loop.now > faults.until_s:
+                    self._heal()
+            elif self._finished():
+                break
+            elif loop.now > faults.until_s + PATIENCE_S:
+                raise Violation(self._stuck())
+            if self.changed:
+                self._check()
+        self._check_rest()
 
     def trace(self, text: str, *facts: object) -> None:
         if self.lines is not None:
-            self.lines.append(f"{self.loop.now:8.3f}  {text % facts}")
+            self.lines.append(f"{self.loop.now:8.4f}  {text % facts}")
 
-    def mishap(self, probability: float) -> bool:
-        """Whether the network loses something now."""
-        return self.loop.rough and self._rng.random() < probability
+    def saw(self, window: str) -> None:
+        """A rare moment has been reached."""
+        self.windows[window] += 1
+
+    def reached(self, what: str, process: Process) -> None:
+        """A moment in which it matters what happens next."""
+        if self._target is None:
+            self.faults.reached(process)
 
     def resting(self, worker: SimWorker) -> bool:
         """Whether the worker has taken all its steps."""
         return self._target is not None and worker.worker.version >= self._target
 
-    def runs(self, index: int) -> Iterator[Run]:
+    def runs(self, index: int, start: int = 0) -> Iterator[Run]:
         """A slice in pieces, other ones each time."""
-        count, start = self._slices[index].element_count, 0
+        count, rng = self.truth.slices[index].element_count, self.loop.rng
         while start < count:
-            step = self._rng.randint(1 + (count - start) // 4, count - start)
+            step = rng.randint(1 + (count - start) // 2, count - start)
             yield Run(slice=index, start=start, count=step, dtype=DType.FLOAT32)
             start += step
 
-    def exchange(self, sender: SimShard, peer: str, request: ExchangeRequest) -> None:
-        """Carries a report; it may be lost, doubled or late, and so may the answer."""
-        receiver = self.shards[peer]
-
-        def answer() -> None:
-            response = receiver.exchange(request)
-            report = response.report if response else None
-            if report is not None and not self.mishap(0.1):
-                sender.after(self.loop.delay_s(), lambda: sender.deliver(report))
-
-        for _ in range(2 if self.mishap(0.1) else 1):
-            if not self.mishap(0.2):
-                receiver.after(self.loop.delay_s(), answer)
-
-    # --- faults ---------------------------------------------------------------------------------
-
-    def _maybe_fault(self) -> None:
-        if self._faults > 0 and self._rng.random() < 0.01:
-            self._faults -= 1
-            fault = self._rng.choice(
-                [
-                    self._kill_worker,
-                    self._kill_worker,
-                    self._begin_worker,
-                    self._begin_worker,
-                    self._break_control,
-                    self._break_control,
-                    self._break_data,
-                    self._break_data,
-                    self._break_data,
-                ]
-            )
-            fault()
-
-    def _live(self) -> list[SimWorker]:
-        return [worker for worker in self.workers if worker.alive]
-
-    def _begin_worker(self) -> None:
-        leave_at = (
-            self._rng.randint(0, 20) if self.loop.rough and self._rng.random() < 0.3 else None
-        )
-        name = f"worker-{len(self.workers):03}"
-        self.trace("FAULT %s begins, leaves at %s", name, leave_at)
-        self.workers.append(SimWorker(self.loop, name, self, leave_at=leave_at))
-
-    def _kill_worker(self) -> None:
-        if live := self._live():
-            worker = self._rng.choice(live)
-            self.trace("FAULT %s is killed", worker.name)
-            worker.kill()
-
-    def _break_control(self) -> None:
-        member = self._rng.choice([*self._live(), *self.shards.values()])
-        if member.control is not None:
-            self.trace("FAULT control stream of %s breaks", member.name)
-            member.control.cut()
-
-    def _break_data(self) -> None:
-        streams = [stream for worker in self._live() for stream in worker.streams]
-        if streams:
-            stream: Stream = self._rng.choice(sorted(streams, key=lambda one: one.order))
-            self.trace("FAULT stream %s-%s breaks", stream.caller.name, stream.server.name)
-            self._rng.choice([stream.cut, stream.lose_answers])()
-
     def _heal(self) -> None:
-        """Faults are over: whoever lives takes some more steps, and the others come back."""
-        self.loop.rough = False
-        while sum(worker.leave_at is None for worker in self._live()) < self.spec.min_workers:
-            self._begin_worker()
-        self._target = (
-            max(0, *(shard.rounds.version for shard in self.shards.values())) + STEPS_AFTER
-        )
+        """Faults are over: whoever lives takes some more steps, and who is needed comes back."""
+        self.faults.healed()
+        self.network.heal()
+        for stream in [*self.network.streams]:
+            if stream.server in self.live_coordinators()[:-1]:
+                stream.cut()  # whoever began a second one has ended the first by now
+        if not self.live_coordinators():
+            self.begin_coordinator()
+        while len(self.live_shards()) < (1 if self._open else self.shard_count):
+            self.begin_shard()
+        while sum(one.leave_at is None for one in self.live_workers()) < self.spec.min_workers:
+            self.begin_worker()
+        shards = [shard.rounds.version for shard in self.live_shards()]
+        workers = [worker.worker.version for worker in self.live_workers()]
+        self._target = max(0, *shards, *workers) + STEPS_AFTER
         self.trace("HEALED, target %d", self._target)
 
     def _finished(self) -> bool:
-        return self._target is not None and all(
-            self.resting(worker) for worker in self._live() if worker.leave_at is None
-        )
+        return all(self.resting(one) for one in self.live_workers() if one.leave_at is None)
 
     def _stuck(self) -> str:
         workers = [
             f"{one.name} at {one.worker.version} of generation {one.worker.promised}"
             f"{'' if one.worker.plan else ' (frozen)'}"
-            for one in self._live()
+            for one in self.live_workers()
         ]
-        shards = [f"{one.name} at {one.rounds.version}" for one in self.shards.values()]
+        shards = [f"{one.name} at {one.rounds.version}" for one in self.live_shards()]
         return f"nobody goes on to step {self._target}: {', '.join(workers + shards)}"
+
+    # --- who is there ---------------------------------------------------------------------------
+
+    def begin_coordinator(self) -> None:
+        """One begins, unless there is one."""
+        if not self.live_coordinators():
+            self.begin_second_coordinator()
+
+    def begin_second_coordinator(self) -> None:
+        name = f"coordinator-{len(self.coordinators):03}"
+        self.trace("%s begins", name)
+        self.coordinators.append(SimCoordinator(name, self, self.registry))
+
+    def begin_shard(self) -> None:
+        name = f"shard-{len(self.shards):03}"
+        self.trace("%s begins, empty", name)
+        self.shards[name] = SimShard(name, self)
+
+    def begin_worker(self, *, leave_after: int | None = None) -> None:
+        name = f"worker-{len(self.workers):03}"
+        self.trace("%s begins, leaves at %s", name, leave_after)
+        self.workers.append(SimWorker(name, self, leave_at=leave_after))
+
+    def let_leave(self, name: str) -> None:
+        worker = next(worker for worker in self.workers if worker.name == name)
+        worker.leave_at = max(0, worker.worker.version)
+
+    def swap_weights(self, name: str) -> None:
+        """User code puts other weights into a model for a while, as averages of them."""
+        worker = next(worker for worker in self.workers if worker.name == name)
+        worker.evaluates = True
+
+    def live_workers(self) -> list[SimWorker]:
+        return [worker for worker in self.workers if worker.alive]
+
+    def live_shards(self) -> list[SimShard]:
+        return [shard for shard in self.shards.values() if shard.alive]
+
+    def live_coordinators(self) -> list[SimCoordinator]:
+        return [one for one in self.coordinators if one.alive]
+
+    def members(self) -> list[Member]:
+        return [*self.live_shards(), *self.live_workers()]
+
+    def processes(self) -> list[Process]:
+        return [*self.live_coordinators(), *self.members()]
+
+    def is_member(self, name: str) -> bool:
+        """Whether the newest generation in the registry has it."""
+        entry = self.registry.newest
+        return entry is not None and name in {one.id for one in (*entry.workers, *entry.shards)}
+
+    # --- streams --------------------------------------------------------------------------------
+
+    def front(self) -> SimCoordinator | None:
+        """The coordinator that a new stream comes to: the newest, or now and then another."""
+        living = self.live_coordinators()
+        if len(living) > 1 and self._target is None and self.loop.rng.random() < 0.3:
+            return living[0]
+        return living[-1] if living else None
+
+    def serve(self, stream: Stream) -> None:
+        """A control stream has begun."""
+        server = stream.server
+        assert isinstance(server, SimCoordinator)
+        server.start(server.serve(stream))
+
+    def data_streams(self) -> list[Stream]:
+        return [one for one in self.network.streams if isinstance(one.server, SimShard)]
+
+    def break_control(self, name: str) -> None:
+        for stream in [*self.network.streams]:
+            if stream.caller.name == name and isinstance(stream.server, SimCoordinator):
+                stream.cut()
+
+    # --- what is told ---------------------------------------------------------------------------
+
+    def announced(self, coordinator: SimCoordinator, name: str, text: str) -> None:
+        self.trace("EVENT %s: %s", name, text)
+        if name == "open":
+            entry = coordinator.coordinator.jobs[self.job].entry
+            self._open = entry.generation
+            self._took_part.update(worker.id for worker in entry.workers)
+        if name == "lost":
+            self._check_lost(text)
+            self.lost = True
+
+    def opened(self, generation: int = 1) -> bool:
+        """Whether a generation was opened, this or a later one."""
+        return self._open >= generation
+
+    def steps_down(self, coordinator: SimCoordinator, reason: str) -> None:
+        """A coordinator ends; whoever watches over it begins another."""
+        self.trace("%s steps down: %s", coordinator.name, reason)
+        if len(self.coordinators) == 1:
+            raise Violation(f"the only coordinator steps down: {reason}")
+        self.saw("a coordinator steps down")
+        coordinator.kill()
+        self.clock.after(0.5, self.begin_coordinator)
+
+    def degraded(self, shard: SimShard, instruction: Degraded) -> None:
+        self.trace("EVENT degraded on %s: %s", shard.name, instruction)
+        self.saw("a degraded step")
+        if self.kind.keeps:
+            raise Violation(f"step {instruction.step} is degraded though no worker died")
+        for worker in instruction.gone:
+            if self.is_member(worker):
+                raise Violation(f"{worker} is called gone and is not")
+
+    def ended(self, worker: SimWorker, error: AdashardError) -> None:
+        """A worker's session ends with an error."""
+        self.trace("%s ends: %s", worker.name, error)
+        left_out = (LeaseExpired, InvalidRequest)  # the latter where it was forgotten as well
+        expected = isinstance(error, left_out) and not self.kind.keeps
+        if not expected and not (isinstance(error, JobLost) and self.lost):
+            raise Violation(f"{worker.name} is refused, without fault of its own: {error}")
+        self.saw("a worker is told that it was left out")
+        if len(self.live_workers()) <= self.spec.min_workers:
+            self.clock.after(0.5, self.begin_worker)  # as it does whose job needs it
 
     # --- what must hold -------------------------------------------------------------------------
 
-    def truth(self, origin: str, version: int) -> History:
-        """The one history of a version that some slice has taken."""
-        return self._truth[origin, version]
-
     def check_entry(self, entry: Entry) -> None:
-        """Ranks ascend, and are neither changed nor given again (G2); one lineage is opened."""
-        for worker in entry.workers:
-            if worker.id not in self._ranks:
-                if worker.rank <= max(self._ranks.values(), default=-1):
-                    raise Violation(f"rank {worker.rank} of {worker.id} is not above all others")
-                self._ranks[worker.id] = worker.rank
-            if self._ranks[worker.id] != worker.rank:
-                raise Violation(f"rank of {worker.id} changes to {worker.rank}")
-        if entry.opened and entry.lineage is not None:
-            self._origin = self._origin or entry.lineage.origin
-            if self._origin != entry.lineage.origin:
-                raise Violation(f"a second lineage is opened, from {entry.lineage.origin}")
+        """Ranks ascend, and are neither changed nor given again (G2).
 
-    def check_told(self, member: str, message: FromCoordinator) -> None:
+        A worker that was left out before it had a part in any step is as good as a new one.
+        """
+        for worker in entry.workers:
+            known = self._ranks.get(worker.id)
+            if known == worker.rank:
+                continue
+            if known is not None and worker.id in self._took_part:
+                raise Violation(f"rank of {worker.id} changes to {worker.rank}")
+            taken = (self._ranks[one] for one in self._took_part)
+            if worker.rank <= max(taken, default=-1):
+                raise Violation(f"rank {worker.rank} of {worker.id} is not above all others")
+            self._ranks[worker.id] = worker.rank
+        self.changed = True
+
+    def check_order(self, rounds: Rounds) -> None:
+        """All shards of a generation sum the same workers."""
+        order = self._orders.setdefault(rounds.promised, rounds.order)
+        if order != rounds.order:
+            raise Violation(f"{rounds.shard} sums {rounds.order} in a generation of {order}")
+
+    def check_told(self, coordinator: SimCoordinator, member: str, message: object) -> None:
         """A leaver goes only when nobody who stays has less than it (C8)."""
-        held = {worker.name: worker.worker.version for worker in self._live()}
-        if not isinstance(message, Bye) or message.error is not None or member not in held:
+        if not isinstance(message, Bye) or message.error is not None:
             return
-        for other in self.coordinator.coordinator.jobs[self.job].entry.workers:
+        held = {one.name: one.worker.version for one in self.live_workers()}
+        if member not in held or not self.is_member(member):
+            return
+        self.saw("a leaver is let go")
+        for other in coordinator.coordinator.jobs[self.job].entry.workers:
             stays = other.id != member and not other.leaving
             if stays and held.get(other.id, held[member]) < held[member]:
                 raise Violation(f"{member} is let go before {other.id} has its version")
 
     def check_took(self, worker: SimWorker) -> None:
-        """A worker that has taken a step holds one version, and the record of it."""
+        """A worker that has taken a step holds one version of one lineage, and its record."""
         version, record = worker.worker.version, worker.worker.record
-        held = {element for values in worker.values for element in values}
-        if {history.version for history in held} != {version} or len(held) != 1:
-            raise Violation(f"{worker.name} took step {version} and holds {held}")
-        if version > 0:
-            step = held.pop().steps[-1]
-            if record is None or (record.step, record.workers) != (version, step.workers):
-                raise Violation(f"{worker.name} at {version} has the record {record}")
+        lines = {weights.line for weights in worker.values if weights is not None}
+        if len(lines) != 1 or None in worker.values or lines.pop().version != version:
+            raise Violation(f"{worker.name} took step {version} and holds {worker.values}")
+        if version > 0 and (record is None or record.step != version):
+            raise Violation(f"{worker.name} at {version} has the record {record}")
 
-    def _check(self, process: Process) -> None:
-        if isinstance(process, SimShard):
-            self._check_shard(process)
-        elif isinstance(process, SimWorker) and process.alive:
-            self._check_worker(process)
-
-    def _check_shard(self, shard: SimShard) -> None:
-        rounds = shard.rounds
-        for index, version in rounds.versions.items():
-            history = shard.weights.get(index)
-            if history is None or history.version != version:
-                raise Violation(f"{shard.name} holds {history} as slice {index} at {version}")
-            self._agree(history)
-        if rounds.opened:
-            order = self._orders.setdefault(rounds.promised, rounds.order)
-            if order != rounds.order:
-                raise Violation(f"{shard.name} sums {rounds.order} in a generation of {order}")
-
-    def _check_worker(self, worker: SimWorker) -> None:
-        if not worker.worker.slices:
-            return  # it has not heard of the job yet
-        for piece, elements in zip(worker.slices, worker.values, strict=True):
-            version = worker.worker.held([piece.index])
-            if version >= 0:
-                if {history.version for history in elements} != {version}:
-                    raise Violation(f"{worker.name} holds {elements} as {piece} at {version}")
-                self._agree(elements[0])
-
-    def _agree(self, history: History) -> None:
-        """All slices anywhere have one history (step, workers in order, outcome) per version."""
-        known = self._truth.setdefault((history.origin, history.version), history)
-        if known is history and self._last is history:
+    def _check(self) -> None:
+        """All copies of living members are of one history."""
+        self.changed = False
+        entry = self.registry.newest
+        if entry is None or entry.lineage is None:
             return
-        self._last = history
-        if known != history:
-            raise Violation(f"two histories of version {history.version}: {known}, {history}")
-        if history.steps:
-            before = self._truth.get((history.origin, history.version - 1))
-            if before is not None and before.steps != history.steps[:-1]:
-                raise Violation(f"{history} does not go on from {before}")
+        names = {one.id for one in (*entry.workers, *entry.shards)}
+        held = {one.name: one.copies() for one in self.members() if one.name in names}
+        self.truth.agree(entry.lineage.number, held)
+
+    def _check_lost(self, text: str) -> None:
+        """A job is lost only if every holder of some slice is gone."""
+        if self.kind.keeps:
+            raise Violation(f"a job was lost though nothing that it needs was killed: {text}")
+        self.saw("a job is lost")
+        entry = self.registry.newest
+        assert entry is not None
+        assert entry.lineage is not None
+        newest = dict.fromkeys(range(len(self.truth.slices)), -1)
+        for one in self.members():
+            for index, weights in one.copies().items():
+                if weights.line.lineage == entry.lineage.number and self.is_member(one.name):
+                    newest[index] = max(newest[index], weights.version)
+        if min(newest.values()) >= max(0, max(newest.values()) - 1):
+            raise Violation(f"a job was lost though its members hold all of it: {text}")
+
+    def _check_rest(self) -> None:
+        """At rest all copies are of one version, apart from what is still being sent."""
+        if self.lost:
+            return
+        for worker in self.live_workers():
+            if worker.leave_at is None and worker.ended is None:
+                self.check_took(worker)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-import torch
-from tests.sim.clockwork import END, Broken, Loop, Stream, Task
-from tests.sim.history import Gradient, History, Step, Sum, Violation
+from tests.sim.clockwork import Task
+from tests.sim.history import Gradient, Violation, Weights
 from tests.sim.member import Member
+from tests.sim.network import END, Broken, Stream
+from tests.sim.slices import SimSlices
 
 from adashard.wire.control import (
+    Bye,
     Freeze,
     FromCoordinator,
     Hello,
@@ -22,84 +24,111 @@ from adashard.wire.control import (
     Stale,
     Standing,
 )
-from adashard.wire.errors import AdashardError, StaleGeneration
+from adashard.wire.errors import AdashardError, InvalidFrame, StaleGeneration
 from adashard.wire.messages import (
     Begin,
-    Exchange,
     ExchangeRequest,
     ExchangeResponse,
-    Outcome,
     Plan,
-    Record,
     Report,
     Run,
     UploadBegin,
 )
 from adashard.wire.spec import DType
 from adashard.wire.version import VERSION
-from adashard_server.optim.partials import Partial
 from adashard_server.shard.instructions import (
     Add,
     Committed,
+    Degraded,
     Instruction,
     Measure,
     Send,
     Wait,
 )
-from adashard_server.shard.partials import Finding, packed, short_count, unpacked
-from adashard_server.shard.records import bit
 from adashard_server.shard.rounds import Rounds
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
 REPEAT_S = 1.0
-APPLY_S = 0.03  # between the record and a slice, and from slice to slice, now and then
+CALL_S = 0.9  # after which a call to another shard has failed
 
 
 class SimShard(Member):
     """One shard of one job. Sums hold what was added, in order; weights are their own history."""
 
-    def __init__(self, loop: Loop, name: str, cluster: Cluster) -> None:
-        super().__init__(loop, name, cluster)
+    def __init__(self, name: str, cluster: Cluster) -> None:
+        super().__init__(name, cluster)
         self.rounds = Rounds(name)
-        self.sums: dict[int, list[Sum]] = {}
-        self.weights: dict[int, History | None] = {}
+        self.slices = SimSlices(name, cluster.truth)
         self._streams: dict[str, Begin] = {}
         self._promised = 0
         self.start(self.every(REPEAT_S, self._repeat))
+
+    def copies(self) -> dict[int, Weights]:
+        held = self.slices.weights
+        return {index: held[index] for index in self.rounds.versions}
 
     # --- the control stream ---------------------------------------------------------------------
 
     def hello(self) -> Hello:
         shard = ShardHello(address=self.name)
-        return Hello(id=self.name, version=VERSION, host="host", pid=1, shard=shard)
+        return Hello(
+            id=self.name, version=VERSION, host="host", pid=1, shard=shard, entries=self.entries()
+        )
 
     def renewal(self) -> Renewal:
         generation, version = self.rounds.promised, self.rounds.version
         standing = Standing(job=self.cluster.job, generation=generation, version=version)
-        return Renewal(standings=(standing,) if generation else ())
+        standings = (standing,) if generation else ()
+        return Renewal(standings=standings, broken_links=self.links.broken())
 
     def handle(self, message: FromCoordinator) -> None:
         try:
             match message:
-                case Freeze(entry=entry):
-                    answer = self.rounds.freeze(entry)
-                    if not isinstance(answer, Stale):
-                        self._promised = entry.generation
-                        self._streams.clear()
-                    self.tell(answer)
+                case Freeze():
+                    self._freeze(message)
                 case PlanRequest(plan=plan):
-                    self.rounds.plan(plan)
-                    self._settle_all()
-                    self._say_if_planned(plan.entry.generation)
+                    self._plan(plan)
                 case Open(plan=plan):
                     self._open(plan)
+                case Bye(job=job):
+                    self._left_out(whole=not job)
         except StaleGeneration:
             pass  # it asks again
 
+    def _left_out(self, *, whole: bool) -> None:
+        """The job goes on without this shard, which begins anew: the process where it is told so."""
+        self.cluster.saw("a shard is told that it was left out")
+        if whole:
+            self.kill()
+            self.cluster.clock.after(0.5, self.cluster.begin_shard)
+        else:
+            self.rounds, self.entry = Rounds(self.name), None
+            self.slices = SimSlices(self.name, self.cluster.truth)
+            self._streams.clear()
+
+    def _freeze(self, freeze: Freeze) -> None:
+        answer = self.rounds.freeze(freeze.entry)
+        if not isinstance(answer, Stale):
+            self._promised = freeze.entry.generation
+            self.entry = freeze.entry
+            self._streams.clear()
+            if self.rounds.owed:
+                self.cluster.saw("frozen in the middle of a commit")
+        self.tell(answer)
+        self.cluster.reached("freeze answered", self)
+
+    def _plan(self, plan: Plan) -> None:
+        self.rounds.plan(plan)
+        self._settle_all()
+        self.cluster.changed = True
+        self._say_if_planned(plan.entry.generation)
+
     def _open(self, plan: Plan) -> None:
         self._carry_out(self.rounds.open(plan))
+        self.entry = plan.entry
+        self.cluster.check_order(self.rounds)
         self.tell(Opened(job=self.cluster.job, generation=plan.entry.generation))
 
     def _say_if_planned(self, generation: int) -> None:
@@ -120,8 +149,7 @@ class SimShard(Member):
             self._check_stream(begin)
             if self.rounds.record is not None:
                 stream.down.send(self.rounds.record)
-            yield self.loop.rng.choice([0.0, 0.0, APPLY_S])
-            self._check_stream(begin)
+            yield self.loop.rng.choice([0.0, self.cluster.apply_s])
             yield from self._reply(begin, stream)
             stream.down.send(END)
         except Broken:
@@ -129,36 +157,8 @@ class SimShard(Member):
         except AdashardError as error:
             stream.down.send(error)
 
-    def upload(self, stream: Stream) -> Task:
-        """Whole slices for a plan."""
-        came: dict[int, int] = {}
-        try:
-            begin = cast(UploadBegin, (yield from stream.up.next()))
-            generation = begin.generation
-            yield lambda: self._no_upload(begin) or self.rounds.has_plan(generation)
-            while (item := (yield from stream.up.next())) != END:
-                run, history = cast(tuple[Run, History], item)
-                if self._no_upload(begin):
-                    raise StaleGeneration("the generation has ended, or is open")
-                if not self.rounds.lacks(run.slice, begin.version):
-                    continue
-                came[run.slice] = came.get(run.slice, 0) + run.count
-                whole = came[run.slice] == self._count(run.slice)
-                self.weights[run.slice] = history if whole else None
-                if whole:
-                    self.rounds.uploaded(run.slice, begin.version)
-            self._say_if_planned(generation)
-            stream.down.send(END)
-        except Broken:
-            pass
-        except AdashardError as error:
-            stream.down.send(error)
-
-    def _no_upload(self, begin: UploadBegin) -> bool:
-        return begin.generation != self.rounds.promised or self.rounds.opened
-
     def _begin(self, begin: Begin) -> object:
-        if begin.receiver != self.name:
+        if begin.receiver != self.name or self.rounds.entry is None:
             raise StaleGeneration(f"{begin.receiver} is not here")
         if begin.push and begin.step == self.rounds.version + 1:
             self._settle_all()
@@ -171,13 +171,9 @@ class SimShard(Member):
         yield lambda: self._over(begin) or not isinstance(self._admit(begin, run), Wait)
         self._check_stream(begin)
         admission = self._admit(begin, run)
-        if not isinstance(admission, Add):
-            return
-        elements = self.sums.setdefault(run.slice, [()] * self._count(run.slice))
-        for element in range(admission.start, admission.stop):
-            before = () if admission.first else elements[element]
-            elements[element] = (*before, gradient)
-        self._carry_out(self.rounds.added(begin, run.slice, admission.stop))
+        if isinstance(admission, Add):
+            self.slices.add(run.slice, admission, gradient)
+            self._carry_out(self.rounds.added(begin, run.slice, admission.stop))
 
     def _admit(self, begin: Begin, run: Run) -> Add | Wait | None:
         return self.rounds.admit(begin, run.slice, run.start, run.count)
@@ -200,17 +196,61 @@ class SimShard(Member):
         wanted = [i for i in self.rounds.mine if not begin.slices or i in begin.slices]
         one_behind = begin.version >= 0 and begin.version == begin.step - 1
         for index in wanted:
-            yield self.loop.rng.choice([0.0, 0.0, APPLY_S])
-            self._settle(index)
+            yield self.loop.rng.choice([0.0, self.cluster.apply_s])
+            yield lambda index=index: self._over(begin) or not self.rounds.awaits(index)
             self._check_stream(begin)
+            self._settle(index)
             if one_behind and not self.rounds.updates(index):
                 stream.down.send((Run(slice=index, start=0, count=0, dtype=DType.FLOAT32), None))
                 continue
             for run in self.cluster.runs(index):
                 self._check_stream(begin)
-                stream.down.send((run, self.weights[index]))
+                stream.down.send((run, self.slices.weights[index]))
                 yield self.loop.rng.uniform(0.0, 0.01)
                 self._check_stream(begin)
+            self.cluster.reached("reply", self)
+
+    # --- copies from elsewhere ------------------------------------------------------------------
+
+    def upload(self, stream: Stream) -> Task:
+        """Whole slices for a plan."""
+        came: dict[int, list[Weights]] = {}
+        try:
+            begin = cast(UploadBegin, (yield from stream.up.next()))
+            yield lambda: self._no_upload(begin) or self.rounds.has_plan(begin.generation)
+            while (item := (yield from stream.up.next())) != END:
+                run, weights, checksum = cast(tuple[Run, Weights, Weights], item)
+                if self._no_upload(begin):
+                    raise StaleGeneration("the generation has ended, or is open")
+                elements = came.setdefault(run.slice, [])
+                elements += [weights] * run.count
+                if len(elements) == self.rounds.slices[run.slice].element_count:
+                    if not self.intact(elements, checksum):
+                        raise InvalidFrame("these weights have another checksum")
+                    self._uploaded(begin, run.slice, weights)
+            self._say_if_planned(begin.generation)
+            stream.down.send(END)
+        except Broken:
+            pass
+        except AdashardError as error:
+            stream.down.send(error)
+
+    def intact(self, elements: list[Weights], checksum: Weights) -> bool:
+        """Whether what came is what the sender had got with this checksum."""
+        return set(elements) == {checksum}
+
+    def _uploaded(self, begin: UploadBegin, index: int, weights: Weights) -> None:
+        if weights.version != begin.version:
+            raise Violation(f"{begin.sender} uploads {weights} as version {begin.version}")
+        if self.rounds.lacks(index, begin.version):
+            self.slices.weights[index] = weights
+            self.rounds.uploaded(index, begin.version)
+            self.cluster.changed = True
+            self.cluster.reached("upload received", self)
+
+    def _no_upload(self, begin: UploadBegin) -> bool:
+        wrong = begin.receiver != self.name or begin.generation != self.rounds.promised
+        return wrong or self.rounds.opened
 
     # --- what the rounds ask for ----------------------------------------------------------------
 
@@ -221,36 +261,41 @@ class SimShard(Member):
                     delay_s = self.loop.rng.uniform(0, 0.005)
                     self.after(delay_s, lambda measure=instruction: self._measured(measure))
                 case Send(report=report, peers=peers, wanted=wanted):
+                    self.cluster.reached("report", self)
                     for peer in peers:
-                        request = ExchangeRequest(
-                            receiver=peer, report=report, wanted=peer in wanted
-                        )
-                        self.cluster.exchange(self, peer, request)
+                        self._send(peer, report, wanted=peer in wanted)
                 case Committed(record=record):
                     self.cluster.trace("%s commits %s", self.name, record)
                     if self.rounds.promised < self._promised:
                         raise Violation(f"{self.name} commits in a generation that it has closed")
+                    self.cluster.reached("commit", self)
+                case Degraded():
+                    self.cluster.degraded(self, instruction)
 
     def _measured(self, measure: Measure) -> None:
-        findings = {index: self._finding(index, measure) for index in measure.slices}
-        self._carry_out(self.rounds.measured(measure, findings))
+        if self.rounds.wants(measure):
+            found = {one: self.slices.measure(one, measure.exchange) for one in measure.slices}
+            self._carry_out(self.rounds.measured(measure, found))
 
-    def _finding(self, index: int, measure: Measure) -> Finding:
-        """Ones in the place of sums: what comes of them counts the slices that were added."""
-        finite = all(g.finite for total in self.sums[index] for g in total)
-        piece = self.rounds.slices[index]
-        square = 1.0 if finite else float("nan")
-        if measure.exchange is Exchange.NORM or not piece.split:
-            return Finding(square)
-        count = short_count(piece) if measure.exchange is Exchange.PARTIALS else 0
-        ones = Partial(
-            weight_squared_sum=1.0,
-            update_squared_sum=1.0,
-            least=1.0,
-            squares=torch.ones(count),
-            ratios=torch.ones(count),
-        )
-        return Finding(square, packed(index, 1, ones))
+    def _send(self, peer: str, report: Report, *, wanted: bool) -> None:
+        """A report goes to another shard, and perhaps the other's comes back."""
+        receiver, network = self.cluster.shards[peer], self.cluster.network
+        request = ExchangeRequest(receiver=peer, report=report, wanted=wanted)
+        self.links.asked(peer, (report.generation, report.step, report.exchange))
+        self.after(CALL_S, lambda: self.links.dropped(peer))
+
+        def answer() -> None:
+            response = receiver.exchange(request)
+            own = response.report if response else None
+            network.call(receiver, self, lambda: self._answered(peer, own))
+
+        network.call(self, receiver, answer)
+
+    def _answered(self, peer: str, own: Report | None) -> None:
+        """Another shard has heard this one's report, and perhaps told its own."""
+        self.links.answered(peer)
+        if own is not None:
+            self.exchange(ExchangeRequest(receiver=self.name, report=own))
 
     def exchange(self, request: ExchangeRequest) -> ExchangeResponse | None:
         """Another shard's report; None where it is refused."""
@@ -262,56 +307,18 @@ class SimShard(Member):
         own = self.rounds.own_report(step, exchange) if request.wanted else None
         return ExchangeResponse(report=own)
 
-    def deliver(self, report: Report) -> None:
-        """Another shard's answer to the own report."""
-        self.exchange(ExchangeRequest(receiver=self.name, report=report))
-
     def _repeat(self) -> None:
         self._carry_out(self.rounds.repeat())
 
     def _settle_all(self) -> None:
-        for index in sorted(self.rounds.owed):
+        for index in self.rounds.payable:
             self._settle(index)
 
     def _settle(self, index: int) -> None:
         if self.rounds.owes(index):
-            record, history = self.rounds.record, self.weights[index]
-            assert record is not None
-            if history is None:
-                raise Violation(f"{self.name} applies to slice {index}, which is torn")
-            self._check_sum(index, record, history)
-            step = Step(record.step, record.workers, record.outcome)
-            self.weights[index] = history.then(step)
+            member = self.cluster.is_member(self.name)
+            self.slices.apply(index, self.rounds, member=member)
             self.rounds.applied(index)
-
-    def _check_sum(self, index: int, record: Record, history: History) -> None:
-        """Every element holds each worker's gradient of this step once, in the record's order."""
-        gradients = [self.cluster.gradients[worker, record.step] for worker in record.workers]
-        finite = all(g.finite or not any(g.present) for g in gradients)
-        if finite != (record.outcome is Outcome.APPLY):
-            raise Violation(f"{self.name} ends step {record.step} with {record.outcome.name}")
-        if record.step != history.version + 1 or any(g.base != history for g in gradients):
-            raise Violation(f"{self.name} applies step {record.step} to {history}: {gradients}")
-        parameter = self.rounds.slices[index].parameter
-        expected = tuple(g for g in gradients if bit(g.present, parameter))
-        if not expected or not finite:
-            if self.rounds.updates(index):
-                raise Violation(f"{self.name} updates slice {index} without a gradient")
-        elif self.rounds.slices[index].split and not self._sums_up(index, record):
-            raise Violation(f"{self.name} has not the sums over all of slice {index}: {record}")
-        elif any(element != expected for element in self.sums[index]):
-            found = {tuple((g.worker, g.step) for g in element) for element in self.sums[index]}
-            raise Violation(f"{self.name} slice {index} step {record.step}: the sum holds {found}")
-
-    def _sums_up(self, index: int, record: Record) -> bool:
-        """Whether the record has one partial of the slice's parameter, of each slice once."""
-        piece = self.rounds.slices[index]
-        found = [partial for partial in record.partials if partial.slice == piece.first]
-        if len(found) != 1 or found[0].count != piece.count:
-            return False
-        total = unpacked(found[0])
-        elements = {total.weight_squared_sum, total.update_squared_sum, *total.squares.tolist()}
-        return elements == {float(piece.count)}
-
-    def _count(self, index: int) -> int:
-        return self.rounds.slices[index].element_count
+            self.cluster.changed = True
+            if self.rounds.owed:
+                self.cluster.reached("part of a commit", self)

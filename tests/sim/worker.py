@@ -1,14 +1,16 @@
-"""A worker's process: a real `Worker`, with a stand-in for the session's two threads."""
+"""A worker's process: a real `Worker`, with a stand-in for the session's threads."""
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from tests.sim.clockwork import END, Broken, Loop, Stream, Task
-from tests.sim.history import Gradient, History, Violation
+from tests.sim.clockwork import Task
+from tests.sim.history import Gradient, Violation, Weights
 from tests.sim.member import Member
+from tests.sim.network import END, Broken, Stream
+from tests.sim.talks import Talk, Talks
 
 from adashard.wire.control import (
     Bye,
@@ -19,70 +21,63 @@ from adashard.wire.control import (
     Opened,
     PlanRequest,
     Renewal,
+    Stale,
     WorkerHello,
 )
 from adashard.wire.errors import AdashardError, LeaseExpired, StaleGeneration, from_info
 from adashard.wire.messages import (
-    Acknowledge,
     AdafactorStep,
     Begin,
     Entry,
     GroupStep,
     Plan,
     Record,
-    Run,
     Schedule,
     UploadBegin,
 )
-from adashard.wire.placement import cut
 from adashard.wire.version import VERSION
 from adashard.worker import Worker
-from adashard_server.shard.records import bit
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
-BACKOFF_S = 0.5
 LEAVE_S = 10.0
-
-
-@dataclass
-class Talks:
-    """The streams of one step, one to each shard: which have ended, and how."""
-
-    under_way: int = 0
-    errors: list[AdashardError] = field(default_factory=list)
-
-
-@dataclass
-class Reading:
-    """What one stream has heard of its shard so far."""
-
-    acknowledged: bool = False
-    complete: bool = False
-    ended: bool = False
-    cancelled: bool = False
+ADAFACTOR = AdafactorStep(eps1=1e-30, eps2=1e-3, clip_threshold=1.0)
 
 
 class SimWorker(Member):
     """Trains until it is killed or told to end; computes a gradient from the weights it holds."""
 
-    def __init__(
-        self, loop: Loop, name: str, cluster: Cluster, *, leave_at: int | None = None
-    ) -> None:
-        self.slices = cut(cluster.spec)
+    def __init__(self, name: str, cluster: Cluster, *, leave_at: int | None = None) -> None:
+        rng = cluster.loop.rng
         self.worker = Worker(name, cluster.job)
-        own = History(name)
-        self.values = [[own] * piece.element_count for piece in self.slices]
+        self.values: list[Weights | None] = [None] * len(cluster.truth.slices)
         self.ended: AdashardError | None = None
         self.leave_at = leave_at
-        self.max_grad_norm = loop.rng.choice([0.0, 0.0, 0.5])
+        self.max_grad_norm = rng.choice([0.0, 0.0, 0.5])
+        self.talks = Talks(self)
+        self.promised = 0
+        self.incoming: Record | None = None  # of the step that is being taken
+        self._gradients = 0
+        self.swapped: set[int] = set()  # slices whose weights user code has changed for a while
+        self.evaluates = False  # before its next step
+        self._fresh = True  # whether it holds nothing but what it was built with
+        self._begun = -1  # the step of which a push may have reached a shard
         self._unchanged = True
         self._uploading = False
-        self._promised = 0
-        self.streams: dict[Stream, Reading] = {}
-        super().__init__(loop, name, cluster)
+        self._uploads: tuple[int, set[int]] = (0, set())  # slices that arrived in a generation
+        super().__init__(name, cluster)
         self.start(self._train())
+
+    def copies(self) -> dict[int, Weights]:
+        held = {}
+        for index, weights in enumerate(self.values if self.worker.slices else ()):
+            version = self.worker.held([index])
+            if version >= 0:
+                if weights is None or weights.version != version:
+                    raise Violation(f"{self.name} has {weights} as slice {index} at {version}")
+                held[index] = weights
+        return held
 
     # --- the training loop's thread -------------------------------------------------------------
 
@@ -91,12 +86,11 @@ class SimWorker(Member):
             while not self._wants_to_leave():
                 yield self.loop.rng.uniform(0.01, 0.2)
                 yield lambda: not self.cluster.resting(self) or self._wants_to_leave()
-                yield from self._step(self._compute())
+                if self.evaluates and self.worker.version > 0:
+                    yield from self._evaluate()
+                yield from self._step()
         except AdashardError as error:
-            if not isinstance(error, LeaseExpired):
-                raise Violation(
-                    f"{self.name} is refused, without fault of its own: {error}"
-                ) from error
+            self.cluster.ended(self, error)
             self.kill()
             return
         self.worker.leaving = True
@@ -105,187 +99,142 @@ class SimWorker(Member):
         yield lambda: self.ended is not None
         self.kill()
 
+    def _evaluate(self) -> Task:
+        """User code has other weights in half of the model for a while."""
+        self.evaluates = False
+        self.swapped.update(range(0, len(self.values), 2))
+        yield self.loop.rng.uniform(1.0, 5.0)
+        self.swapped.clear()
+
     def _wants_to_leave(self) -> bool:
         return self.leave_at is not None and self.worker.version >= self.leave_at
 
-    def _compute(self) -> Gradient:
-        """A gradient of the weights as they stand, for a step that is not known yet."""
-        bases = {element for values in self.values for element in values}
-        if len(bases) != 1:
-            raise Violation(f"{self.name} computes on mixed weights: {bases}")
-        count = len(self.cluster.spec.parameters)
-        rng = self.loop.rng
-        bits = sum(1 << parameter for parameter in range(count) if rng.random() < 0.9)
-        present = bits.to_bytes((count + 7) // 8, "little")
-        return Gradient(self.name, -1, bases.pop(), present, finite=rng.random() < 0.98)
+    def _gradient(self) -> Gradient | None:
+        """Of the weights as they stand, for the step after; None before it has any of the job's."""
+        held = self.values
+        lines = {weights.line for weights in held if weights is not None}
+        if not lines or self.worker.version < 0:
+            return None
+        if len(lines) != 1 or None in held:
+            raise Violation(f"{self.name} computes on mixed weights: {held}")
+        (line,) = lines
+        values = hash(tuple(weights.value for weights in held if weights is not None))
+        self._gradients += 1
+        number = hash((int(self.name[-3:]), self._gradients))
+        return Gradient(self.name, line.version + 1, number, line, values, *self._contents())
 
-    def _step(self, gradient: Gradient) -> Task:
-        target: int | None = None
-        self._unchanged = True
+    def _contents(self) -> tuple[bytes, tuple[int, ...], bool]:
+        """Which parameters have a gradient, which of these is not finite, and whether it is said."""
+        rng, count = self.loop.rng, len(self.cluster.spec.parameters)
+        present = [parameter for parameter in range(count) if rng.random() < 0.9]
+        poisoned = (rng.choice(present),) if present and rng.random() < 0.03 else ()
+        said = bool(poisoned) and rng.random() < 0.5
+        bits = 0 if said else sum(1 << parameter for parameter in present)
+        return bits.to_bytes((count + 7) // 8, "little"), poisoned, said
+
+    def _step(self) -> Task:
+        """One call of `step()`: with a gradient, or with none that is worth anything yet."""
+        gradient = self._gradient()
+        target, lineage = None, None
         while target is None or self.worker.version < target:
             yield lambda: self.worker.plan is not None or self.ended is not None
             if self.ended is not None:
                 raise self.ended
             plan = self.worker.plan
             assert plan is not None
+            if plan.entry.lineage != lineage:  # the gradient may be one of other weights
+                target, lineage, self._unchanged = None, plan.entry.lineage, True
             try:
                 if self.worker.version < plan.base:
-                    yield from self._take(plan, plan.base, None)
+                    push = gradient if target == plan.base else None
+                    yield from self._take(plan, plan.base, push)
                     if target is None and not self._unchanged:
                         return
                 else:
                     if target is None:
                         target = self.worker.version + 1
-                        gradient = gradient._replace(step=target)
-                        self.cluster.gradients[self.name, target] = gradient
+                        gradient = self._named(gradient, target)
                     yield from self._take(plan, target, gradient)
             except StaleGeneration:
-                continue
+                yield self.loop.rng.uniform(0.01, 0.2)
+
+    def _named(self, gradient: Gradient | None, step: int) -> Gradient:
+        """The gradient under its name, once its step is known."""
+        found = gradient or self._gradient()
+        assert found is not None
+        if found.step != step:  # what came meanwhile were the same bits, of a step that was skipped
+            line = self.copies()[0].line
+            found = found._replace(step=step, line=line)
+        self.cluster.truth.pushes(found)
+        return found
 
     def _take(self, plan: Plan, step: int, gradient: Gradient | None) -> Task:
-        begin = self._first_frame(plan.entry, step, gradient)
-        talks = Talks()
-        for shard, indices in self._by_shard(plan.entry).items():
+        begin = self._first_frame(plan.entry, step)
+        talks = []
+        for shard, indices in by_shard(plan.entry).items():
             behind = self.worker.behind(indices, step)
             if behind:
+                wanted = self.worker.owes(plan, behind, step) if gradient else []
+                push = gradient if wanted else None
                 slices = () if len(behind) == len(indices) else tuple(behind)
                 version = self.worker.held(behind)
-                to_shard = replace(begin, receiver=shard, version=version, slices=slices)
-                talks.under_way += 1
-                self.start(self._talk(to_shard, behind, gradient, talks))
-        yield lambda: not talks.under_way
-        for error in sorted(talks.errors, key=lambda error: isinstance(error, StaleGeneration)):
-            raise error
+                first = replace(begin, receiver=shard, version=version, slices=slices)
+                if push is not None:
+                    first = self._with_push(first, push)
+                talks.append(Talk(first, behind, wanted, push, begun=step == self._begun))
+        if any(talk.gradient for talk in talks):
+            self._begun = step
+        yield from self.talks.talk(talks)
         self.worker.took(plan, step)
         self.cluster.check_took(self)
+        self.cluster.reached("step returned", self)
 
-    def _first_frame(self, entry: Entry, step: int, gradient: Gradient | None) -> Begin:
+    def _first_frame(self, entry: Entry, step: int) -> Begin:
         return Begin(
             job=self.cluster.job,
             generation=entry.generation,
             sender=self.name,
             receiver="",
             step=step,
-            push=gradient is not None,
-            present=gradient.present if gradient else b"",
-            groups=(self._settings(),) if gradient else (),
+            push=False,
+            state=True,
+        )
+
+    def _with_push(self, begin: Begin, gradient: Gradient) -> Begin:
+        counts = sorted({count + 1 for count in self.worker.step_counts()})
+        schedules = tuple(Schedule(step_count=count, beta2=0.5, rho=0.1) for count in counts)
+        return replace(
+            begin,
+            push=True,
+            present=gradient.present,
+            not_finite=gradient.not_finite if gradient.said else (),
+            groups=(GroupStep(adafactor=ADAFACTOR, schedules=schedules),),
             max_grad_norm=self.max_grad_norm,
         )
 
-    def _settings(self) -> GroupStep:
-        counts = sorted({count + 1 for count in self.worker.step_counts()})
-        schedules = tuple(Schedule(step_count=count, beta2=0.5, rho=0.1) for count in counts)
-        return GroupStep(
-            adafactor=AdafactorStep(eps1=1e-30, eps2=1e-3, clip_threshold=1.0), schedules=schedules
-        )
+    def arrived(self, index: int, weights: Weights | None, step: int) -> None:
+        """A slice has come whole, or has the step without a change of its weights."""
+        unchanged = weights is None
+        self.worker.arrived(index, step, unchanged=unchanged)
+        before = self.values[index]
+        self._fresh = False
+        if weights is None:
+            weights = self._unchanged_weights(index, step)
+        self._unchanged &= before == weights
+        self.values[index] = weights
+        self.swapped.discard(index)
+        self.cluster.changed = True
 
-    def _by_shard(self, entry: Entry) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {}
-        for index, owner in enumerate(entry.placement):
-            found.setdefault(entry.shards[owner].id, []).append(index)
-        return found
-
-    # --- a stream's thread ----------------------------------------------------------------------
-
-    def _talk(self, begin: Begin, slices: list[int], push: Gradient | None, talks: Talks) -> Task:
-        """One shard's part of a step, repeated under the same name while the stream breaks."""
-        first = True
-        try:
-            while True:
-                try:
-                    yield from self._exchange(begin, slices, push, first=first)
-                    break
-                except Broken:
-                    first = False
-                    yield self.loop.rng.uniform(0.0, BACKOFF_S)
-                    self.worker.check(begin.generation)
-                    if talks.errors:
-                        raise StaleGeneration("another part of the step has failed") from None
-        except AdashardError as error:
-            talks.errors.append(error)
-            self._cut_streams()
-        talks.under_way -= 1
-
-    def _exchange(
-        self, begin: Begin, slices: list[int], push: Gradient | None, *, first: bool
-    ) -> Task:
-        self.worker.check(begin.generation)
-        shard = self.cluster.shards[begin.receiver]
-        stream, reading = Stream(self, shard), Reading()
-        shard.start(shard.push_pull(stream))
-        self.streams[stream] = reading
-        stream.up.send(begin)
-        self.start(self._feed(stream, reading, slices, push, first=first))
-        try:
-            while (item := (yield from stream.down.next())) != END:
-                if isinstance(item, AdashardError):
-                    raise item
-                if isinstance(item, Acknowledge):
-                    reading.acknowledged, reading.complete = True, item.complete
-                else:
-                    self._received(begin, item)
-        except Broken:
-            if reading.cancelled:
-                raise StaleGeneration("ended from this side") from None
-            raise
-        finally:
-            reading.ended = True
-            self.streams.pop(stream, None)
-        if self.worker.behind(slices, begin.step):
-            raise Violation(f"{begin.receiver} ended a reply to {self.name} too early")
-
-    def _feed(
-        self,
-        stream: Stream,
-        reading: Reading,
-        slices: list[int],
-        push: Gradient | None,
-        first: bool,
-    ) -> Task:
-        if push is not None:
-            if not first:
-                yield lambda: reading.acknowledged or reading.ended
-            for index in slices:
-                if not bit(push.present, self.slices[index].parameter):
-                    continue
-                for run in self.cluster.runs(index):
-                    if reading.complete or reading.ended:
-                        break
-                    stream.up.send((run, push))
-                    yield self.loop.rng.uniform(0.0, 0.01)
-        stream.up.send(END)
-
-    def _received(self, begin: Begin, item: object) -> None:
-        self.worker.check(begin.generation)
-        if begin.generation < self._promised:
-            raise Violation(f"{self.name} uses a reply of a generation older than it promised")
-        if isinstance(item, Record):
-            self.worker.take_record(item, begin.step)
-            return
-        run, history = cast(tuple[Run, History | None], item)
-        self.worker.writes(run)
-        if run.count:
-            if history is None or history.version != begin.step:
-                raise Violation(f"a reply of step {begin.step} to {self.name} carries {history}")
-            elements = self.values[run.slice]
-            self._unchanged &= set(elements[run.start : run.start + run.count]) == {history}
-            elements[run.start : run.start + run.count] = [history] * run.count
-        elif self.worker.held([run.slice]) not in (begin.step - 1, begin.step):
-            raise Violation(f"{self.name} is told that slice {run.slice} is unchanged")
-        else:  # the record came first: what did not change has the step nevertheless
-            self.values[run.slice] = [
-                self.cluster.truth(element.origin, begin.step) for element in self.values[run.slice]
-            ]
-        self.worker.wrote(run, begin.step)
-
-    def _cut_streams(self) -> None:
-        for stream, reading in self.streams.items():
-            reading.cancelled = True
-            stream.cut()
-
-    def kill(self) -> None:
-        super().kill()
-        self._cut_streams()
+    def _unchanged_weights(self, index: int, step: int) -> Weights:
+        """The record came first: what did not change has the step nevertheless."""
+        before = self.values[index]
+        if before is None or before.version not in (step - 1, step):
+            raise Violation(f"{self.name} is told that slice {index} is unchanged: {before}")
+        if before.version == step:
+            return before
+        assert self.incoming is not None
+        assert self.incoming.step == step
+        return self.cluster.truth.following(before, index, self.incoming)
 
     # --- the control stream's thread ------------------------------------------------------------
 
@@ -293,57 +242,129 @@ class SimWorker(Member):
         worker = WorkerHello(
             job=self.cluster.job, spec=self.cluster.spec, generation=self.worker.promised
         )
-        return Hello(id=self.name, version=VERSION, host="host", pid=1, worker=worker)
+        return Hello(
+            id=self.name, version=VERSION, host="host", pid=1, worker=worker, entries=self.entries()
+        )
 
     def renewal(self) -> Renewal:
-        return Renewal(standings=(self.worker.standing(),))
+        standings = (self.worker.standing(),)
+        return Renewal(standings=standings, broken_links=self.links.broken())
 
     def handle(self, message: FromCoordinator) -> None:
         match message:
             case Freeze(entry=entry):
-                answer = self.worker.freeze(entry)
-                self._promised = max(self._promised, entry.generation)
-                if self.worker.plan is None:
-                    self._cut_streams()
-                self.tell(answer)
+                self._freeze(entry)
             case PlanRequest(plan=plan):
-                wanted = self.worker.supplies(plan)
-                if wanted and not self._uploading:
-                    self._uploading = True
-                    self.start(self._upload_all(plan, wanted))
+                self._supply(plan)
             case Open(plan=plan):
                 if self.worker.open(plan):
+                    self.entry, self.incoming = plan.entry, plan.record
+                    self.cluster.changed = True
                     self.tell(Opened(job=self.cluster.job, generation=plan.entry.generation))
             case Bye(generation=generation, error=error):
                 if generation >= self.worker.promised:
                     self.ended = from_info(error) if error else LeaseExpired("left the job")
-                    self._cut_streams()
+                    self.talks.cancel()
 
-    def _upload_all(self, plan: Plan, wanted: set[int]) -> Task:
-        for shard, indices in self._by_shard(plan.entry).items():
-            slices = [index for index in indices if index in wanted]
-            if slices:
+    def _freeze(self, entry: Entry) -> None:
+        answer = self.worker.freeze(entry)
+        self.promised = max(self.promised, entry.generation)
+        if not isinstance(answer, Stale):
+            self.entry = entry
+            self._become_origin(entry)
+        if self.worker.plan is None:
+            self.talks.cancel()
+        self.tell(answer)
+        self.cluster.reached("freeze answered", self)
+
+    def _become_origin(self, entry: Entry) -> None:
+        """What it was built with is the first version of a lineage that names it."""
+        lineage = entry.lineage
+        if lineage is not None and self.worker.version == lineage.base_version and self._fresh:
+            number = int(self.name[-3:])
+            values = [hash((number, piece.index)) for piece in self.cluster.truth.slices]
+            self.values = [*self.cluster.truth.begin(lineage, values)]
+            self.cluster.changed = True
+            self._fresh = False
+
+    # --- uploads --------------------------------------------------------------------------------
+
+    def _supply(self, plan: Plan) -> None:
+        """Sends what the plan wants of it, unless that is under way or has arrived (W3)."""
+        self._say_what_is_missing(plan)
+        generation = plan.entry.generation
+        if generation != self._uploads[0]:
+            self._uploads = generation, set()
+            self._uploading = False
+        wanted = self.worker.supplies(plan)
+        left = {index: wanted[index] for index in wanted if index not in self._uploads[1]}
+        if left and not self._uploading:
+            self._uploading = True
+            self.start(self._upload_all(plan, left))
+
+    def _say_what_is_missing(self, plan: Plan) -> None:
+        if self.worker.misses(plan):
+            self.cluster.saw("a plan counts on a copy that is none")
+            self.tell(self.worker.freeze(plan.entry))
+
+    def intact(self, index: int) -> bool:
+        """Whether the weights have still the checksum that they came with."""
+        return index not in self.swapped
+
+    def _upload_all(self, plan: Plan, wanted: dict[int, int]) -> Task:
+        generation, arrived = self._uploads
+        for index in wanted:
+            if not self.intact(index):
+                self.worker.changed(index)
+                self.cluster.changed = True
+        self._say_what_is_missing(plan)
+        left = {index: version for index, version in wanted.items() if self.intact(index)}
+        for shard, indices in by_shard(plan.entry).items():
+            for version in sorted({left[index] for index in indices if index in left}):
+                slices = [index for index in indices if left.get(index) == version]
                 begin = UploadBegin(
                     job=self.cluster.job,
-                    generation=plan.entry.generation,
+                    generation=generation,
                     sender=self.name,
                     receiver=shard,
-                    version=plan.base,
+                    version=version,
+                    state=True,
                 )
-                yield from self._upload(begin, slices)
-        self._uploading = False  # asked again, it is sent again
+                yield from self._upload(begin, slices, arrived)
+        if self._uploads[0] == generation:
+            self._uploading = False
 
-    def _upload(self, begin: UploadBegin, slices: list[int]) -> Task:
+    def _upload(self, begin: UploadBegin, slices: list[int], arrived: set[int]) -> Task:
         shard = self.cluster.shards[begin.receiver]
-        stream = Stream(self, shard)
+        stream = Stream(self.cluster.network, self, shard)
         shard.start(shard.upload(stream))
-        self.streams[stream] = Reading()
         stream.up.send(begin)
+        self.links.asked(shard.name, (begin.generation, "upload"))
+        self.cluster.reached("upload", self)
         for index in slices:
+            checksum = self.values[index]
             for run in self.cluster.runs(index):
-                stream.up.send((run, self.values[index][run.start]))
+                stream.up.send((run, self._content(index), checksum))
                 yield self.loop.rng.uniform(0.0, 0.01)
         stream.up.send(END)
         with contextlib.suppress(Broken):
-            yield from stream.down.next()
-        self.streams.pop(stream, None)
+            if (yield from stream.down.next()) == END:
+                arrived.update(slices)
+            self.links.answered(shard.name)
+        self.links.dropped(shard.name)
+        stream.close()
+
+    def _content(self, index: int) -> Weights | None:
+        """What is read from the parameters, whoever has written them."""
+        held = self.values[index]
+        if held is not None and index in self.swapped:
+            return held._replace(value=~held.value)
+        return held
+
+
+def by_shard(entry: Entry) -> dict[str, list[int]]:
+    """The slices of each shard that has any."""
+    found: dict[str, list[int]] = {}
+    for index, owner in enumerate(entry.placement):
+        found.setdefault(entry.shards[owner].id, []).append(index)
+    return found

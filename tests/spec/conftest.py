@@ -52,7 +52,7 @@ class Clusters:
 
     def get(self, kind: str, shards: int) -> LocalCluster:
         if (kind, shards) not in self._running:
-            cluster = LocalCluster(shards, in_process=kind == "threads")
+            cluster = LocalCluster(shards, in_process=kind == "threads", spare=False)
             self._running[kind, shards] = self._stack.enter_context(cluster)
         return self._running[kind, shards]
 

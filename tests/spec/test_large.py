@@ -32,7 +32,7 @@ def stepped(cluster, weight, job, **options) -> adashard.Adafactor:
 def test_a_tensor_of_more_than_two_gibibytes_passes_with_flat_memory_in_transport():
     torch.set_num_threads(1)
     with LocalCluster(1) as cluster:
-        shard = cluster.processes[1].pid
+        shard = cluster.processes["shard-0"].pid
         small = torch.nn.Parameter(torch.ones(4, 4))
         small.grad = torch.ones(4, 4)
         stepped(cluster, small, "warm-up").close()

@@ -82,6 +82,17 @@ def test_norms_are_those_of_the_whole_model():
     assert point.update_rms == 2.0
 
 
+def test_what_shards_have_found_not_to_be_finite_is_told_once():
+    told = [
+        summary(1, not_finite_workers=("a",), not_finite_parameters=("x", "z")),
+        summary(1, not_finite_workers=("a",), not_finite_parameters=("y", "z")),
+        summary(1),
+    ]
+    point = merge(told, time_s=0.0, interval_s=None, values={})
+    assert point.not_finite_workers == ("a",)
+    assert point.not_finite_parameters == ("x", "y", "z")
+
+
 def test_a_step_that_updated_nothing_has_no_update():
     point = merge([summary(1)], time_s=0.0, interval_s=None, values={})
     assert (point.update_rms, point.clip_ratio, point.loss) == (0.0, 1.0, None)

@@ -107,6 +107,12 @@ def test_a_step_is_counted(metrics):
         assert value(metrics, "adashard_step_duration_seconds_bucket", le="0.025", **labels) == 2
 
 
+def test_gradients_that_are_not_finite_are_counted_by_worker_and_found_ones_by_step(metrics):
+    for step, workers in enumerate([("a", "b"), ("a",), ()], start=2):
+        metrics.observe("demo", a_point(step, skipped=True, not_finite_workers=workers))
+    assert value(metrics, "adashard_not_finite_gradients_total", job_name="demo") == 4
+
+
 def test_phases_that_nobody_has_named_make_no_labels(metrics):
     odd = StepPoint(step=2, time_s=0.0, phase_s={"coffee": 3.0})
     metrics.observe("demo", odd)

@@ -20,6 +20,7 @@ from adashard.wire.spec import (
     Group,
     JobSpec,
     Parameter,
+    Recovery,
 )
 
 
@@ -58,6 +59,7 @@ slice_bytes = st.sampled_from([SLICE_BYTES_MIN, SLICE_BYTES_MAX]) | st.integers(
 def jobs(draw: st.DrawFn) -> JobSpec:
     """Any job that can be trained."""
     its_groups = draw(groups)
+    large = any(group.adafactor.momentum for group in its_groups)
     names = draw(st.lists(st.text(min_size=1, max_size=9), min_size=1, max_size=9, unique=True))
     return JobSpec(
         parameters=tuple(
@@ -69,4 +71,5 @@ def jobs(draw: st.DrawFn) -> JobSpec:
         groups=tuple(its_groups),
         slice_bytes=draw(slice_bytes),
         min_workers=draw(st.integers(1, WORKERS_MAX)),
+        recovery=draw(st.sampled_from([Recovery.WORKERS, Recovery.CHECKPOINT][large:])),
     )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import zlib
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.wire.test_codec import DESCRIPTORS, instances
 
 from adashard.wire import codec
+from adashard.wire.checksums import RunningChecksums
 from adashard.wire.errors import InvalidFrame
 from adashard.wire.frames import (
     FRAME_BYTES_MAX,
@@ -21,7 +25,7 @@ from adashard.wire.frames import (
     leading_frame,
     read_frame,
 )
-from adashard.wire.messages import Acknowledge, Begin, Run, UploadBegin
+from adashard.wire.messages import Acknowledge, Begin, Content, Run, UploadBegin
 from adashard.wire.spec import DType
 from adashard.wire.v1 import shard_pb2
 
@@ -34,6 +38,7 @@ runs = st.builds(
     start=st.integers(0, 2**62),
     count=st.integers(0, 20),
     dtype=st.sampled_from(DTYPES),
+    checksum=st.integers(0, 2**32 - 1),
 )
 
 
@@ -107,6 +112,30 @@ def test_the_payload_is_a_view_of_what_arrived():
 def test_fields_of_a_later_version_are_passed_over():
     data = encoded([Run(slice=0, start=0, count=1, dtype=DType.FLOAT16)], [b"ab"])
     assert read_frame(data + b"\x1a\x03new").runs == read_frame(data).runs
+
+
+@given(st.binary(min_size=4, max_size=400), st.sets(st.integers(1, 99)))
+def test_runs_carry_the_checksum_of_their_content_up_to_their_end(data, borders):
+    """That of zlib, over all frames of the stream, for each content of each slice by itself."""
+    count = len(data) // 4
+    cuts = sorted({0, count, *(border for border in borders if border < count)})
+    checksums, frames = RunningChecksums(), []
+    for start, stop in itertools.pairwise(cuts):
+        both = [
+            Run(slice=0, start=start, count=stop - start, dtype=DType.FLOAT32, content=content)
+            for content in (Content.WEIGHT, Content.ROW)
+        ]
+        parts = [memoryview(data)[4 * start : 4 * stop], memoryview(bytes(4 * (stop - start)))]
+        frames.append(read_frame(data_frame(both, parts, checksums)))
+    for frame, stop in zip(frames, cuts[1:], strict=True):
+        expected = [zlib.crc32(data[: 4 * stop]), zlib.crc32(bytes(4 * stop))]
+        assert [run.checksum for run in frame.runs] == expected
+
+
+def test_a_content_that_begins_anew_has_a_checksum_of_its_own():
+    checksums, run = RunningChecksums(), Run(slice=0, start=0, count=1, dtype=DType.FLOAT32)
+    for _ in range(2):
+        assert checksums.after(run, memoryview(b"abcd")) == zlib.crc32(b"abcd")
 
 
 # --- where the payload starts --------------------------------------------------------------------

@@ -29,7 +29,10 @@ from adashard.wire.spec import (
     FactoredAxes,
     Group,
     JobSpec,
+    Recovery,
 )
+
+MOMENTUM = (Group(adafactor=AdafactorLayout(momentum=True)),)
 
 # --- limits --------------------------------------------------------------------------------------
 
@@ -58,6 +61,8 @@ def test_a_job_within_the_limits_is_accepted(spec: JobSpec):
         (job(tensor("w", *[1] * 9)), UnsupportedParameter, "'w' has 9 axes; 8 are allowed"),
         (job(tensor("w", ELEMENTS_MAX, 2)), UnsupportedParameter, "'w' has 2199023255552 el"),
         (job(WEIGHT, groups=(Group(),)), InvalidRequest, "group 0 names no optimizer"),
+        (job(WEIGHT, recovery=Recovery.UNSPECIFIED), InvalidRequest, "what a dead shard is"),
+        (job(WEIGHT, groups=MOMENTUM), InvalidRequest, "group 0 has a first moment, which no work"),
     ],
 )
 def test_what_is_out_of_the_limits_is_refused_by_name(
@@ -181,7 +186,7 @@ CLAMPED = (Group(adafactor=AdafactorLayout(eps_placement=EpsPlacement.CLAMPED)),
             "group 0, eps_placement: added here, clamped in the job",
         ),
         (
-            job(WEIGHT, groups=(Group(adafactor=AdafactorLayout(momentum=True)),)),
+            job(WEIGHT, groups=MOMENTUM),
             job(WEIGHT),
             "group 0, momentum: True here, False in the job",
         ),
@@ -199,6 +204,11 @@ CLAMPED = (Group(adafactor=AdafactorLayout(eps_placement=EpsPlacement.CLAMPED)),
             job(WEIGHT, slice_bytes=1 << 20),
             job(WEIGHT),
             "slice_bytes: 1048576 here, 4194304 in the job",
+        ),
+        (
+            job(WEIGHT),
+            job(WEIGHT, recovery=Recovery.CHECKPOINT),
+            "recovery: from workers here, from checkpoint in the job",
         ),
         (
             job(tensor("weight", 1), groups=CLAMPED, slice_bytes=1 << 20),

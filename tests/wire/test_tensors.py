@@ -14,6 +14,7 @@ from adashard.wire.tensors import (
     as_buffer,
     flat_on_cpu,
     from_buffer,
+    row_by_row,
     torch_dtype,
     wire_dtype,
 )
@@ -52,6 +53,16 @@ def test_a_format_that_cannot_be_trained_is_refused_with_those_that_can(dtype):
 def test_elements_without_a_format_cannot_be_read():
     with pytest.raises(InvalidFrame, match="UNSPECIFIED"):
         from_buffer(memoryview(b"1234"), DType.UNSPECIFIED)
+
+
+@given(st.sampled_from(DTYPES), st.lists(st.integers(1, 4), max_size=3), st.data())
+def test_bytes_of_any_part_of_a_tensor_are_its_elements_row_by_row(dtype, shape, data):
+    numbers = torch.randn([size + 2 for size in shape]).to(torch_dtype(dtype))
+    part = numbers.permute(data.draw(st.permutations(range(len(shape)))))
+    for axis, size in enumerate(part.shape):
+        start = data.draw(st.integers(0, size - 1))
+        part = part.narrow(axis, start, data.draw(st.integers(1, size - start)))
+    assert bytes(row_by_row(part)) == bytes(as_buffer(flat_on_cpu(part)))
 
 
 def test_bytes_of_a_tensor_are_its_memory():

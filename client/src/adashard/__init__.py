@@ -15,13 +15,15 @@ from adashard.wire.version import VERSION as __version__
 if TYPE_CHECKING:
     from adashard.algorithms import Adafactor
     from adashard.optimizer import RemoteOptimizer
+    from adashard.scaler import GradScaler
     from adashard.wire.errors import AdashardError
 
-__all__ = ["Adafactor", "AdashardError", "RemoteOptimizer", "__version__"]
+__all__ = ["Adafactor", "AdashardError", "GradScaler", "RemoteOptimizer", "__version__"]
 
 _HOMES = {
     "Adafactor": "adashard.algorithms",
     "AdashardError": "adashard.wire.errors",
+    "GradScaler": "adashard.scaler",
     "RemoteOptimizer": "adashard.optimizer",
 }
 

@@ -75,6 +75,13 @@ class Adafactor(RemoteOptimizer):
         seed: of that chance, from 0 to 2**63 - 1; without effect on "nearest".
         reply_dtype: in which weights travel to the worker: `torch.float32`, `bfloat16` or
             `float16`; None is each parameter's own.
+        keep_masters: where weights would come to the worker below float32, they come in float32,
+            are kept so in the host's memory, and are rounded into the parameters. A shard that
+            dies is then rebuilt without a changed bit; otherwise from rounded weights.
+        recovery: what a shard that dies is rebuilt from: the "workers", which keep the optimizer
+            state of the last step too (under 0.5 % of the weights' bytes), or the newest
+            "checkpoint". "auto" is the former; with beta1, whose state is as large as the weights,
+            the latter.
         slice_bytes: largest piece that a parameter is placed in; None for the server's default.
         address: host:port of the coordinator; None for `ADASHARD_ADDRESS`.
         job: name of the training; workers of one job train one model together.
@@ -114,6 +121,8 @@ class Adafactor(RemoteOptimizer):
         rounding: str = "nearest",
         seed: int = 0,
         reply_dtype: torch.dtype | None = None,
+        keep_masters: bool = False,
+        recovery: str = "auto",
         slice_bytes: int | None = None,
         address: str | None = None,
         job: str = "default",
@@ -123,7 +132,12 @@ class Adafactor(RemoteOptimizer):
         token: str | None = None,
     ) -> None:
         job_settings = knobs.resolve_job_settings(
-            max_grad_norm=max_grad_norm, rounding=rounding, seed=seed, reply_dtype=reply_dtype
+            max_grad_norm=max_grad_norm,
+            rounding=rounding,
+            seed=seed,
+            reply_dtype=reply_dtype,
+            keep_masters=keep_masters,
+            recovery=recovery,
         )
         defaults = {
             "semantics": semantics,

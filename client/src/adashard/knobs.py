@@ -8,7 +8,7 @@ of a table and nothing else, except for whether a relative step is capped by `lr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeGuard
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adashard.wire.errors import InvalidSettings
-from adashard.wire.spec import EpsPlacement, FactoredAxes, WeightDecayMode
+from adashard.wire.spec import EpsPlacement, FactoredAxes, Group, Recovery, WeightDecayMode
 
 FACTORED_AXES = {"last_two": FactoredAxes.LAST_TWO, "largest_two": FactoredAxes.LARGEST_TWO}
 WEIGHT_DECAY_MODES = {
@@ -27,6 +27,7 @@ WEIGHT_DECAY_MODES = {
 }
 EPS_PLACEMENTS = {"added": EpsPlacement.ADDED, "clamped": EpsPlacement.CLAMPED}
 ROUNDINGS = ("nearest", "stochastic")
+RECOVERIES = ("auto", "workers", "checkpoint")
 REPLY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEED_LIMIT = 1 << 63
 """Seeds are below this: they travel as signed numbers of 64 bits."""
@@ -91,7 +92,7 @@ References:
 KNOBS = tuple(_PAPER)
 """Names of all knobs, in the order of the constructor."""
 
-JOB_SETTINGS = ("max_grad_norm", "rounding", "seed", "reply_dtype")
+JOB_SETTINGS = ("max_grad_norm", "rounding", "seed", "reply_dtype", "keep_masters", "recovery")
 """Names of the settings that hold for a whole job, and not for a group."""
 
 _LR_CAPS_A_RELATIVE_STEP = ("torch",)
@@ -195,6 +196,8 @@ def resolve_job_settings(
     rounding: object,
     seed: object,
     reply_dtype: object,
+    keep_masters: object,
+    recovery: object,
 ) -> dict[str, Any]:
     """Checks the settings that hold for a whole job. Pure.
 
@@ -215,12 +218,44 @@ def resolve_job_settings(
             rounding=rounding,
             reply_dtype=reply_dtype,
         )
+    if rounding == "stochastic" and keep_masters is True:
+        raise _contradiction(
+            "masters are rounded by the worker, and to nearest",
+            "Leave keep_masters out, or give rounding='nearest'.",
+            rounding=rounding,
+            keep_masters=keep_masters,
+        )
     return {
         "max_grad_norm": max_grad_norm,
         "rounding": _choice("rounding", rounding, ROUNDINGS),
         "seed": _whole_number("seed", seed),
         "reply_dtype": reply_dtype,
+        "keep_masters": _yes_or_no("keep_masters", keep_masters),
+        "recovery": _choice("recovery", recovery, RECOVERIES),
     }
+
+
+def recovery_of(choice: str, groups: Sequence[Group]) -> Recovery:
+    """Where the state of a dead shard is to come from: decided by settings, never by shapes.
+
+    Args:
+        choice: one of `RECOVERIES`.
+        groups: what the state of each group of the job consists of.
+
+    Raises:
+        InvalidSettings: workers would have to keep state that they do not keep.
+    """
+    large = [index for index, one in enumerate(groups) if one.adafactor and one.adafactor.momentum]
+    if choice == "workers" and large:
+        raise InvalidSettings(
+            f"recovery='workers' and beta1 in group {large[0]} contradict each other: a first "
+            "moment is as large as the weights, and no worker keeps it",
+            remedy="Leave beta1 out, or give recovery='checkpoint'.",
+            recovery=choice,
+        )
+    if choice == "checkpoint" or large:
+        return Recovery.CHECKPOINT
+    return Recovery.WORKERS
 
 
 def refuse_job_settings_in(group: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from functools import cache
 from types import TracebackType
 from typing import Any, Self
@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from adashard import state_dict as layouts
+from adashard.gradients import gathered, listed, not_finite, refusal
+from adashard.knobs import recovery_of
+from adashard.omissions import Omissions
 from adashard.push import Push, Replies
-from adashard.rows import coalesced_rows, is_sparse
 from adashard.session import Session
 from adashard.state import State, fitted
 from adashard.transport.grpc import GrpcTransport
 from adashard.wire.control import OnExisting
 from adashard.wire.errors import (
     AdashardError,
-    InvalidGradient,
     InvalidSettings,
     JobExists,
     LeaseExpired,
@@ -40,7 +41,6 @@ from adashard.wire.tensors import wire_dtype
 log = logging.getLogger("adashard")
 
 DEFAULT_ADDRESS = "localhost:50051"
-_NAMED_MAX = 3  # tensors that an error names before it counts the rest
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
@@ -67,6 +67,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         rounding: str = "nearest",
         seed: int = 0,
         reply_dtype: torch.dtype | None = None,
+        keep_masters: bool = False,
+        recovery: str = "auto",
     ) -> None:
         if nonfinite not in ("reject", "skip"):
             raise InvalidSettings(f"nonfinite={nonfinite!r}: choose 'reject' or 'skip'")
@@ -77,10 +79,17 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._slice_bytes = CLUSTER_DEFAULT if slice_bytes is None else slice_bytes
         self._min_workers = min_workers
         self._max_grad_norm = max_grad_norm
-        self._replies = Replies(dtype=reply_dtype, rounding=Rounding[rounding.upper()], seed=seed)
+        self._replies = Replies(
+            dtype=reply_dtype,
+            rounding=Rounding[rounding.upper()],
+            seed=seed,
+            keep_masters=keep_masters,
+        )
+        self._recovery = recovery
         self._session: Session | None = None
         self._loaded: State | None = None  # until the job has taken a step from it
         self._stepped = False
+        self._omissions = Omissions()
         self._logged: dict[str, float] = {}
         super().__init__(params, defaults)
         validate_spec(self._spec())
@@ -102,11 +111,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
             What `closure` returned.
 
         Raises:
-            InvalidGradient: a gradient is not finite, or sparse in another way than in rows that
-                the parameter has; nothing was sent.
+            NotFinite: a gradient has NaN or Inf in it, under `nonfinite="reject"`; nothing was
+                sent, and the next call goes on.
+            InvalidGradient: one is sparse in another way than in rows that the parameter has;
+                nothing was sent.
             CannotReachServer: nobody answers at the address.
             ModelMismatch: the job was registered with another model.
             JobLost: state of the job is gone with a shard.
+            Evicted: the job goes on without this worker; the message says why.
             AdashardError: the other classes of the catalogue; the next call joins anew.
         """
         loss = None
@@ -114,29 +126,28 @@ class RemoteOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         parameters = self._parameters()
-        gradients = self._gradients(parameters)
-        session = self._joined(parameters)
-        self._check_layouts(session.spec)
-        try:
-            push = Push(
-                gradients=gradients,
-                settings=cache(self._settings),  # a repeated push says the same
-                max_grad_norm=self._max_grad_norm,
-            )
-            if not session.step(push):
-                log.info(
-                    "job %r: adopted the weights of step %d; this worker's first gradient was "
-                    "computed on others and is dropped",
-                    self._job,
-                    session.version,
-                )
-        except BaseException:
-            self._session = None
-            session.abandon()
-            raise
-        self._loaded, self._stepped = None, True
-        self._flush_log(session)
+        self._push(parameters, *self._gradients(parameters))
         return loss
+
+    @torch.no_grad()
+    def skip_step(self) -> None:
+        """Takes part in the job's next step without a gradient, so that nobody waits for one.
+
+        For a loop that has no use for its gradients, as after an overflow under loss scaling
+        (`adashard.GradScaler` calls it by itself). In the mean this worker's gradient counts as
+        zero; where no other has one, the weights stay. As `step()` it returns with the fresh
+        weights, so call it where that would have been called.
+
+        Raises:
+            AdashardError: as `step()` does.
+        """
+        self._push(self._parameters(), {}, ())
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, as torch's; warns where steps are left out again and again."""
+        if any(one.grad is not None for group in self.param_groups for one in group["params"]):
+            self._omissions.dropped(self._job)
+        super().zero_grad(set_to_none)
 
     @property
     def global_step(self) -> int:
@@ -312,50 +323,74 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _spec_of(self, groups: list[dict[str, Any]]) -> JobSpec:
         """The job of this optimizer's parameters, with the settings of `groups`."""
+        fixed = tuple(self._layout(group) for group in groups)
         return JobSpec(
             parameters=tuple(
                 Parameter(name=name, shape=tuple(tensor.shape), group=group)
                 for name, tensor, group in self._parameters()
             ),
-            groups=tuple(self._layout(group) for group in groups),
+            groups=fixed,
+            recovery=recovery_of(self._recovery, fixed),
             slice_bytes=self._slice_bytes,
             min_workers=self._min_workers,
         )
 
-    def _gradients(self, parameters: Iterable[tuple[str, Tensor, int]]) -> dict[int, Tensor]:
-        """The gradients there are, by parameter; those that are sparse, coalesced.
+    def _gradients(
+        self, parameters: list[tuple[str, Tensor, int]]
+    ) -> tuple[dict[int, Tensor], tuple[int, ...]]:
+        """The gradients to push, by parameter; none where some are not finite, and which.
 
         Raises:
-            InvalidGradient: one is sparse in more than rows, has a row that the parameter has not,
-                or is not finite under `nonfinite="reject"`.
+            NotFinite: some are not finite, under `nonfinite="reject"`.
+            InvalidGradient: one is sparse in more than rows, or has a row that the parameter has
+                not.
         """
-        found: dict[int, Tensor] = {}
-        broken: list[str] = []
-        for index, (name, parameter, _) in enumerate(parameters):
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            if gradient.layout is not torch.strided:
-                gradient = coalesced_rows(name, gradient)
-            if self._nonfinite == "reject" and not _finite(gradient):
-                broken.append(name)
-            found[index] = gradient
-        if broken:
-            raise self._not_finite(broken)
-        return found
-
-    def _not_finite(self, names: list[str]) -> InvalidGradient:
-        listed = ", ".join(repr(name) for name in names[:_NAMED_MAX])
-        more = f" and {len(names) - _NAMED_MAX} more" if len(names) > _NAMED_MAX else ""
-        worker = self._session.id if self._session else "not yet joined"
-        return InvalidGradient(
-            f"NaN or Inf in the gradient of {listed}{more} (worker {worker}, step "
-            f"{self.global_step + 1} of job {self._job!r}); nothing was sent, and the weights "
-            "are untouched",
-            tensors=listed,
-            worker=worker,
-            step=self.global_step + 1,
+        found = gathered((name, tensor) for name, tensor, _ in parameters)
+        broken = not_finite(found)
+        if not broken:
+            return found, ()
+        culprits = [parameters[index][0] for index in broken]
+        if self._nonfinite == "reject":
+            worker = self._session.id if self._session else "not yet joined"
+            raise refusal(culprits, worker=worker, step=self.global_step + 1, job=self._job)
+        log.warning(
+            "job %r: step %d is skipped: NaN or Inf in the gradient of %s",
+            self._job,
+            self.global_step + 1,
+            listed(culprits),
         )
+        return {}, broken
+
+    def _push(
+        self,
+        parameters: list[tuple[str, Tensor, int]],
+        gradients: dict[int, Tensor],
+        broken: tuple[int, ...],
+    ) -> None:
+        """Takes one step with these gradients; `broken` names those that are not finite."""
+        session = self._joined(parameters)
+        self._check_layouts(session.spec)
+        try:
+            push = Push(
+                gradients=gradients,
+                not_finite=broken,
+                settings=cache(self._settings),  # a repeated push says the same
+                max_grad_norm=self._max_grad_norm,
+            )
+            if not session.step(push):
+                log.info(
+                    "job %r: adopted the weights of step %d; this worker's first gradient was "
+                    "computed on others and is dropped",
+                    self._job,
+                    session.version,
+                )
+        except BaseException:
+            self._session = None
+            session.abandon()
+            raise
+        self._loaded, self._stepped = None, True
+        self._omissions.stepped()
+        self._flush_log(session)
 
     def _joined(self, parameters: list[tuple[str, Tensor, int]]) -> Session:
         if self._session is None:
@@ -432,15 +467,6 @@ def _check_parameter(parameter: Tensor) -> None:
     if parameter.layout is not torch.strided:
         raise UnsupportedParameter(f"a {parameter.layout} parameter cannot be trained")
     wire_dtype(parameter.dtype)
-
-
-def _finite(gradient: Tensor) -> bool:
-    """Whether every element is finite, without a temporary of the gradient's size."""
-    values = gradient.values() if is_sparse(gradient) else gradient
-    if not values.numel():
-        return True  # no row was touched
-    least, greatest = torch.aminmax(values)  # both are NaN if an element is
-    return bool(torch.isfinite(least) & torch.isfinite(greatest))
 
 
 def _on_existing(choice: str) -> OnExisting:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from adashard.wire.errors import (
     AdashardError,
     CannotReachServer,
+    DamagedFrame,
     Draining,
     Overloaded,
     ShardUnavailable,
 )
 
-_REPEATABLE = (ShardUnavailable, CannotReachServer, Draining, Overloaded)
+_REPEATABLE = (ShardUnavailable, CannotReachServer, DamagedFrame, Draining, Overloaded)
 
 
 def repeatable(error: AdashardError) -> bool:

@@ -20,11 +20,14 @@ from functools import partial
 
 from torch import Tensor
 
+from adashard import failpoints
+from adashard.arrivals import Arrival
+from adashard.copies import Copies
 from adashard.push import Push, Replies
 from adashard.retry import Backoff
 from adashard.routing import Routing
 from adashard.rows import sparse_bits
-from adashard.state import Gathering, State, state_frames
+from adashard.state import Gathering, State
 from adashard.streams import SAY_S, Streams, Talk
 from adashard.transport.attendance import CONNECT_BUDGET_S, Attendance
 from adashard.transport.base import Transport
@@ -51,7 +54,6 @@ from adashard.wire.errors import (
     StaleGeneration,
     from_info,
 )
-from adashard.wire.frames import Frame
 from adashard.wire.messages import Begin, Entry, Member, Plan, Record
 from adashard.wire.spec import DType, JobSpec
 from adashard.wire.version import VERSION
@@ -101,12 +103,13 @@ class Session:
         self._loaded = loaded  # until a step has been taken from it
         self._fingerprint = loaded.fingerprint() if loaded else ""
         self._routing: Routing | None = None
+        self._copies: Copies | None = None
         self._worker = Worker(self.id, job, loaded.record() if loaded else None)
         self._changed = threading.Condition()
         self._streams = Streams(transport, job, self._changed, self._worker.check)
         self._ended: AdashardError | None = None
         self._unchanged = True  # whether all that was adopted was there before, bit for bit
-        self._uploads = Uploads(transport, job, self.id)
+        self._begun = -1  # the step of which a push may have reached a shard
         self._renewed = 0.0
         self._attendance = Attendance(
             transport,
@@ -116,6 +119,15 @@ class Session:
             handle=self._handle,
             failed=self._end,
             connect_budget_s=CONNECT_BUDGET_S,
+        )
+        self._uploads = Uploads(
+            transport,
+            job,
+            self.id,
+            tell=self._attendance.send,
+            intact=self._intact,
+            missed=self._missed,
+            links=self._streams.links,
         )
         self._attendance.start()
 
@@ -144,15 +156,17 @@ class Session:
             JobExists: the job has another state than the one that was loaded.
             AdashardError: the session has ended; parameters may be torn, a new one adopts them.
         """
-        target: int | None = None
+        target, lineage = None, None
         self._unchanged = True
         backoff = _between_generations()
         while target is None or self.version < target:
             plan = self._wait_open()
+            if plan.entry.lineage != lineage:  # the gradient may be one of other weights
+                target, lineage, self._unchanged = None, plan.entry.lineage, True
             try:
                 self._compare_loaded(plan)
                 if self.version < plan.base:
-                    self._take(plan, plan.base, None)
+                    self._take(plan, plan.base, push if target == plan.base else None)
                     if target is None and not self._unchanged:
                         return False
                 else:
@@ -224,47 +238,57 @@ class Session:
         return f"generation {self._worker.promised} is being made"
 
     def _take(self, plan: Plan, step: int, push: Push | None) -> None:
-        """Brings every slice to `step`, pushing for it or not.
+        """Brings every slice to `step`, pushing for it where a shard needs it, or not.
 
         Raises:
             StaleGeneration: the generation has ended meanwhile.
         """
-        begin, talks = self._begin(plan.entry, step, push), []
+        talks, begins = [], dict[bool, Begin]()
         for member, indices in self._routed.by_shard(plan.entry).items():
             behind = self._worker.behind(indices, step)
-            if behind:
-                to_member = replace(
-                    begin,
-                    receiver=member.id,
-                    version=self._worker.held(behind),
-                    slices=() if len(behind) == len(indices) else tuple(behind),
-                )
-                talks.append(self._talk(member, to_member, behind, push))
+            if not behind:
+                continue
+            owed = self._worker.owes(plan, behind, step) if push else []
+            if bool(owed) not in begins:
+                begins[bool(owed)] = self._begin(plan.entry, step, push if owed else None)
+            begin = replace(
+                begins[bool(owed)],
+                receiver=member.id,
+                version=self._worker.held(behind),
+                slices=() if len(behind) == len(indices) else tuple(behind),
+            )
+            talks.append(self._talk(member, begin, behind, push, owed))
+        if True in begins:
+            self._begun = step
         self._streams.talk(talks, waiting=f"step {step} waits for the other workers")
+        failpoints.reach("step.taken")
         with self._changed:
             self._worker.took(plan, step)
         self._renew_now_and_then()
 
-    def _talk(self, member: Member, begin: Begin, slices: list[int], push: Push | None) -> Talk:
+    def _talk(
+        self, member: Member, begin: Begin, slices: list[int], push: Push | None, owed: list[int]
+    ) -> Talk:
         """One shard's part of a step."""
-        routing = self._routed
+        gradient = partial(self._routed.gradient_frames, push.gradients, owed) if push else None
         return Talk(
             member=member,
             begin=begin,
-            gradient=partial(routing.gradient_frames, push.gradients, slices) if push else None,
+            parts=self._held.parts,
+            gradient=gradient if begin.push else None,
+            begun=begin.step == self._begun,
             received=partial(self._received, begin),
             whole=lambda: not self._worker.behind(slices, begin.step),
         )
 
-    def _received(self, begin: Begin, frame: Frame) -> None:
-        """Takes a record, or writes weights in place."""
-        if isinstance(frame.leading, Record):
-            self._worker.take_record(frame.leading, begin.step)
-        for run, buffer in frame.pieces():
-            self._worker.writes(run)
-            if run.count:
-                self._unchanged &= self._routed.write(run, buffer)
-            self._worker.wrote(run, begin.step)
+    def _received(self, begin: Begin, came: Record | Arrival) -> None:
+        """Takes a record, or switches a slice: weights, state and version together (W6)."""
+        if isinstance(came, Record):
+            self._worker.take_record(came, begin.step)
+            return
+        if came.pieces:
+            self._unchanged &= self._held.put(came)
+        self._worker.arrived(came.slice, begin.step, unchanged=not came.pieces)
 
     def _begin(self, entry: Entry, step: int, push: Push | None) -> Begin:
         """What is the same for all shards in a step."""
@@ -276,6 +300,7 @@ class Session:
             step=step,
             push=False,
             dtypes=self._routed.dtypes(),
+            state=self._held.with_state,
             rounding=self._replies.rounding,
             seed=self._replies.seed,
         )
@@ -286,6 +311,7 @@ class Session:
             begin,
             push=True,
             present=push.present(count),
+            not_finite=push.not_finite,
             sparse=sparse_bits(push.gradients, count),
             share=push.share,
             groups=push.settings(self._worker.step_counts()),
@@ -308,6 +334,7 @@ class Session:
             Talk(
                 member=member,
                 begin=replace(begin, receiver=member.id),
+                parts=gathering.parts,
                 received=gathering.receive,
                 whole=partial(gathering.has, indices),
             )
@@ -355,6 +382,12 @@ class Session:
         assert self._routing is not None
         return self._routing
 
+    @property
+    def _held(self) -> Copies:
+        """The copies along the placement; there from the first generation on."""
+        assert self._copies is not None
+        return self._copies
+
     # --- the control stream's thread ------------------------------------------------------------
 
     def _hello(self) -> Hello:
@@ -373,10 +406,12 @@ class Session:
             pid=os.getpid(),
             token=self._token,
             worker=worker,
+            entries=(self._worker.entry,) if self._worker.entry else (),
         )
 
     def _renewal(self) -> Renewal:
-        return Renewal(standings=(self._worker.standing(),))
+        broken = self._streams.links.broken()
+        return Renewal(standings=(self._worker.standing(),), broken_links=broken)
 
     def _renew_now_and_then(self) -> None:
         now = time.monotonic()
@@ -398,16 +433,20 @@ class Session:
                     self._attendance.close()  # the stream ends now, and is not missed
             case Notice(text=text):
                 log.info("job %r: %s", self.job, text)
-            case Welcome(job_version=version) if version >= 0 and self._worker.promised == 0:
-                log.info("job %r exists: joining it at step %d", self.job, version)
+            case Welcome(lease_s=lease_s, job_version=version):
+                self._streams.links.lease_s = lease_s
+                if version >= 0 and self._worker.promised == 0:
+                    log.info("job %r exists: joining it at step %d", self.job, version)
 
     def _freeze(self, entry: Entry) -> None:
         with self._changed:
+            own = self._worker.version
             answer = self._worker.freeze(entry)
-            if self._routing is None or self._routing.slices != self._worker.slices:
-                self._routing = Routing(
-                    entry.spec, self._parameters, reply_dtype=self._replies.dtype
-                )
+            if self._copies is None or self._copies.spec != entry.spec:
+                self._routing = Routing(entry.spec, self._parameters, replies=self._replies)
+                self._copies = Copies(entry.spec, self._routing)
+            if own < 0 <= self._worker.version:
+                self._held.begin(self._loaded)
             self._changed.notify_all()
         if self._worker.plan is None:
             self._streams.cancel()
@@ -421,21 +460,25 @@ class Session:
         self._attendance.send(Opened(job=self.job, generation=plan.entry.generation))
 
     def _supply(self, plan: Plan) -> None:
-        """Uploads what this worker is the source of, in a thread of its own."""
-        wanted = self._worker.supplies(plan)
-        if not wanted or self._uploads.busy:
-            return
-        self._uploads.busy = True
-        placed = self._routed.by_shard(plan.entry).items()
-        by_shard = {member: [one for one in indices if one in wanted] for member, indices in placed}
-        slices = {member: indices for member, indices in by_shard.items() if indices}
-        loaded, routing = self._loaded, self._routed
-        frames = routing.weight_frames
-        if loaded is not None:
-            frames = partial(state_frames, loaded, self._parameters, routing.slices)
-        self._streams.start(
-            partial(self._uploads.send, plan, slices, frames, state=loaded is not None)
-        )
+        """Uploads what this worker is the source of, in a thread of its own (W3)."""
+        self._missed(plan)
+        wanted = self._uploads.begin(plan, self._worker.supplies(plan))
+        if wanted:
+            self._streams.start(partial(self._uploads.send, plan, wanted, self._held))
+
+    def _intact(self, index: int) -> bool:
+        with self._changed:
+            intact = self._held.intact(index)
+            if not intact:
+                self._worker.changed(index)
+        return intact
+
+    def _missed(self, plan: Plan) -> None:
+        """Answers the freeze once more, where the plan counts on what is not here any more."""
+        with self._changed:
+            answer = self._worker.freeze(plan.entry) if self._worker.misses(plan) else None
+        if answer is not None:
+            self._attendance.send(answer)
 
     def _end(self, error: AdashardError) -> None:
         with self._changed:

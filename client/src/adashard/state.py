@@ -1,7 +1,7 @@
 """The optimizer state of a model: whole tensors on a worker, parts of slices on the way.
 
-A worker holds none of it while it trains. It asks all shards for it when it is to be saved, and
-brings it along where a job begins with a state that was loaded.
+A worker that saves it asks all shards for it, and brings it along where a job begins with a state
+that was loaded. What it holds of it while it trains is in `copies`.
 
 What a slice has of a moment is cut like the slice. The mean along the axis that is cut has no such
 axis: it belongs to the whole parameter, and every slice has it all, with the same bits.
@@ -13,19 +13,19 @@ import hashlib
 import logging
 import math
 import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from adashard.arrivals import Arrival, Part
 from adashard.push import Replies
 from adashard.wire.errors import Internal, InvalidFrame, InvalidSettings
-from adashard.wire.frames import Extent, Frame, cut_runs, data_frame
-from adashard.wire.messages import Content, Outcome, Record, Run
+from adashard.wire.messages import Content, Outcome, Record
 from adashard.wire.placement import Slice, cut, factored_axes
 from adashard.wire.spec import AdafactorLayout, DType, JobSpec
-from adashard.wire.tensors import as_buffer, flat_on_cpu, from_buffer, wire_dtype
+from adashard.wire.tensors import as_buffer, flat_on_cpu, from_buffer
 
 log = logging.getLogger("adashard")
 
@@ -96,6 +96,17 @@ def zero_moments(shape: tuple[int, ...], layout: AdafactorLayout) -> Moments:
     }
 
 
+def layout_of(spec: JobSpec, parameter: int) -> AdafactorLayout:
+    """What the state of a parameter consists of."""
+    return spec.groups[spec.parameters[parameter].group].adafactor or AdafactorLayout()
+
+
+def state_parts(spec: JobSpec, piece: Slice) -> dict[Content, Part]:
+    """What the state of a slice consists of, in the order in which it travels."""
+    shapes = _shapes(piece.shape, piece.axes, layout_of(spec, piece.parameter))
+    return {content: Part(DType.FLOAT32, math.prod(shape)) for content, shape in shapes.items()}
+
+
 def _shapes(
     shape: tuple[int, ...], axes: tuple[int, int] | None, layout: AdafactorLayout
 ) -> dict[Content, tuple[int, ...]]:
@@ -151,7 +162,7 @@ def fitted(state: State, spec: JobSpec, weights: Sequence[Tensor], replies: Repl
     """
     moments = list(state.moments)
     for index, parameter in enumerate(spec.parameters):
-        layout = spec.groups[parameter.group].adafactor or AdafactorLayout()
+        layout = layout_of(spec, index)
         if index >= len(moments):
             moments.append(zero_moments(parameter.shape, layout))
         elif moments[index].keys() != moment_shapes(parameter.shape, layout).keys():
@@ -181,58 +192,6 @@ def _rounds_to(master: Tensor, weight: Tensor, dtype: torch.dtype | None) -> boo
     return bool(((master - held).abs() <= spacing).all())
 
 
-# --- on its way to shards ------------------------------------------------------------------------
-
-
-def state_frames(
-    state: State, weights: Sequence[Tensor], slices: Sequence[Slice], indices: Iterable[int]
-) -> Iterator[bytes]:
-    """The frames that carry slices whole: of each the weights, then the state.
-
-    Args:
-        state: its masters go instead of the weights that they are masters of.
-        weights: of every parameter, on any device.
-        slices: all of the job.
-        indices: those that are sent.
-    """
-    outgoing = _Outgoing(state, weights, slices)
-    extents = (extent for index in indices for extent in outgoing.extents(index))
-    for runs in cut_runs(extents):
-        yield data_frame(runs, [outgoing.take(run) for run in runs])
-
-
-class _Outgoing:
-    """Slices with their state on the way out; one part at a time is flattened."""
-
-    def __init__(self, state: State, weights: Sequence[Tensor], slices: Sequence[Slice]) -> None:
-        self._state, self._weights, self._slices = state, weights, slices
-        self._flat: tuple[int, Content, Tensor] | None = None
-
-    def extents(self, index: int) -> Iterator[Extent]:
-        parameter = self._slices[index].parameter
-        moments = self._state.moments[parameter]
-        for content in (Content.WEIGHT, *(one for one in MOMENTS if one in moments)):
-            part = self._part(index, content)
-            row = part.shape[-1] if part.shape else 1
-            yield Extent(index, part.numel(), row, wire_dtype(part.dtype), content)
-
-    def take(self, run: Run) -> memoryview:
-        """The elements of a run."""
-        if self._flat is None or self._flat[:2] != (run.slice, run.content):
-            part = self._part(run.slice, run.content)
-            self._flat = (run.slice, run.content, flat_on_cpu(part))
-        return as_buffer(self._flat[2][run.start : run.start + run.count])
-
-    def _part(self, index: int, content: Content) -> Tensor:
-        piece = self._slices[index]
-        parameter = piece.parameter
-        if content is Content.WEIGHT:
-            whole = self._state.masters.get(parameter, self._weights[parameter]).detach()
-        else:
-            whole = self._state.moments[parameter][content]
-        return part_of(whole, piece, content)
-
-
 # --- on its way from shards ----------------------------------------------------------------------
 
 
@@ -246,39 +205,46 @@ class Gathering:
     """
 
     def __init__(self, spec: JobSpec, version: int, masters: Collection[int]) -> None:
-        self._slices = cut(spec)
+        self._spec, self._slices = spec, cut(spec)
         self._version = version
         self._record: Record | None = None
-        self._layouts = [group.adafactor or AdafactorLayout() for group in spec.groups]
-        self._groups = [parameter.group for parameter in spec.parameters]
         self._whole: list[dict[Content, Tensor]] = []
         for index, parameter in enumerate(spec.parameters):
-            shapes = moment_shapes(parameter.shape, self._layouts[parameter.group])
+            shapes = moment_shapes(parameter.shape, layout_of(spec, index))
             if index in masters:
                 shapes[Content.WEIGHT] = parameter.shape
             self._whole.append({content: _empty(shape) for content, shape in shapes.items()})
-        self._came: dict[tuple[int, Content], int] = {}
-        self._staged: dict[int, Tensor] = {}
+        self._came: set[int] = set()
+
+    def parts(self, index: int) -> dict[Content, Part]:
+        """What is expected of a slice: all in float32.
+
+        Raises:
+            InvalidFrame: there is no such slice.
+        """
+        if not 0 <= index < len(self._slices):
+            raise InvalidFrame(f"there is no slice {index}; the job has {len(self._slices)}")
+        piece = self._slices[index]
+        weights = {Content.WEIGHT: Part(DType.FLOAT32, piece.element_count)}
+        return weights | state_parts(self._spec, piece)
 
     def has(self, indices: Iterable[int]) -> bool:
         """Whether the slices have come whole."""
-        return all(
-            self._came.get((index, content), 0) == count
-            for index in indices
-            for content, count in self._counts(self._slices[index]).items()
-        )
+        return self._came.issuperset(indices)
 
-    def receive(self, frame: Frame) -> None:
-        """Takes the next frame of a shard's answer.
+    def receive(self, came: Record | Arrival) -> None:
+        """Takes what comes next in a shard's answer.
 
         Raises:
-            InvalidFrame: it is not about the version, or does not go on where the last one ended.
+            InvalidFrame: it is not about the version.
             Internal: two shards have different records.
         """
-        if isinstance(frame.leading, Record):
-            self._take_record(frame.leading)
-        for run, buffer in frame.pieces():
-            self._take(run, buffer)
+        if isinstance(came, Record):
+            self._take_record(came)
+        elif not came.pieces:
+            raise InvalidFrame(f"slice {came.slice} is said to be unchanged, and none was here")
+        else:
+            self._take(came)
 
     def state(self) -> State:
         """What has come, once all slices have; the tensors are the caller's then."""
@@ -302,40 +268,15 @@ class Gathering:
             raise Internal(f"two shards have different records of step {self._version}")
         self._record = record
 
-    def _take(self, run: Run, buffer: memoryview) -> None:
-        if not 0 <= run.slice < len(self._slices):
-            raise InvalidFrame(f"there is no slice {run.slice}; the job has {len(self._slices)}")
-        piece, key = self._slices[run.slice], (run.slice, run.content)
-        count = self._counts(piece).get(run.content)
-        came = 0 if run.start == 0 else self._came.get(key, 0)
-        stop = run.start + run.count
-        if count is None or run.start != came or stop > count or run.dtype is not DType.FLOAT32:
-            raise InvalidFrame(f"state goes on at element {came}, in float32, and not so: {run}")
-        self._came[key] = stop
-        whole = self._whole[piece.parameter].get(run.content)
-        if whole is not None:
-            part = part_of(whole, piece, run.content)
-            self._target(part, run)[run.start : stop].copy_(from_buffer(buffer, run.dtype))
-            if stop == count and run.slice in self._staged:
-                part.copy_(self._staged.pop(run.slice).view(part.shape))
-
-    def _target(self, part: Tensor, run: Run) -> Tensor:
-        """Where the elements of a part are written, flat: itself, or a staging copy.
-
-        A part that begins anew is staged anew: of one that was broken off nothing is left.
-        """
-        if part.is_contiguous():
-            self._staged.pop(run.slice, None)
-            return part.view(-1)
-        if run.start == 0 or run.slice not in self._staged:
-            self._staged[run.slice] = _empty((part.numel(),))
-        return self._staged[run.slice]
-
-    def _counts(self, piece: Slice) -> dict[Content, int]:
-        """How many elements of each kind belong to a slice."""
-        shapes = _shapes(piece.shape, piece.axes, self._layouts[self._groups[piece.parameter]])
-        counts = {content: math.prod(shape) for content, shape in shapes.items()}
-        return {Content.WEIGHT: piece.element_count, **counts}
+    def _take(self, arrival: Arrival) -> None:
+        piece = self._slices[arrival.slice]
+        for content, came in arrival.pieces.items():
+            whole = self._whole[piece.parameter].get(content)
+            if whole is not None:
+                part = part_of(whole, piece, content)
+                flat = torch.cat([from_buffer(buffer, came.dtype) for buffer in came.buffers])
+                part.copy_(flat.view(part.shape))
+        self._came.add(arrival.slice)
 
 
 def _empty(shape: tuple[int, ...]) -> Tensor:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 
+from adashard import failpoints
+from adashard.arrivals import Arrival, Arrivals, Part
 from adashard.retry import Backoff, repeatable
 from adashard.transport.base import Call, Transport
+from adashard.transport.links import Links
 from adashard.wire.errors import AdashardError, ShardUnavailable, StaleGeneration
 from adashard.wire.frames import Frame, leading_frame, read_frame
-from adashard.wire.messages import Acknowledge, Begin, Member
+from adashard.wire.messages import Acknowledge, Begin, Content, Member, Record
 
 log = logging.getLogger("adashard")
 
@@ -35,17 +38,22 @@ class Talk:
     Attributes:
         member: the shard.
         begin: what is asked of it.
-        received: takes a frame of the answer; frames come in order, and begin again with the first
-            slice that is not whole where a stream is repeated. Called under the lock.
+        parts: what comes of a slice.
+        received: takes the record, and each slice when it is whole, perhaps again where a stream is
+            repeated. Called under the lock.
         whole: whether everything that is wanted has come.
-        gradient: the frames that follow `begin` in a push, made anew for every stream.
+        gradient: the frames that follow `begin` in a push, made anew for every stream; it is told
+            how much of each slice is there already.
+        begun: whether some of the gradient may be there already, from an earlier generation.
     """
 
     member: Member
     begin: Begin
-    received: Callable[[Frame], None]
+    parts: Callable[[int], Mapping[Content, Part]]
+    received: Callable[[Record | Arrival], None]
     whole: Callable[[], bool]
-    gradient: Callable[[], Iterator[bytes]] | None = None
+    gradient: Callable[[Mapping[int, int]], Iterator[bytes]] | None = None
+    begun: bool = False
 
 
 class Streams:
@@ -56,6 +64,9 @@ class Streams:
         job: for the log.
         changed: the session's lock, notified when a generation ends.
         check: raises `StaleGeneration` for a generation that has ended; called under the lock.
+
+    Attributes:
+        links: which shards acknowledge what they are asked.
     """
 
     def __init__(
@@ -65,6 +76,7 @@ class Streams:
         changed: threading.Condition,
         check: Callable[[int], None],
     ) -> None:
+        self.links = Links(time.monotonic)
         self._transport, self._job = transport, job
         self._changed = changed
         self._check_generation = check
@@ -127,8 +139,10 @@ class Streams:
         generation = talk.begin.generation
         while True:
             try:
-                return self._stream(talk, first=backoff.attempts == 0)
+                return self._stream(talk, first=not talk.begun and backoff.attempts == 0)
             except AdashardError as error:
+                if not isinstance(error, ShardUnavailable):
+                    self.links.answered(talk.member.id)  # a refusal is an answer as good as any
                 wait_s = backoff.next_s() if repeatable(error) else None
                 if wait_s is None:
                     self._fail()
@@ -139,44 +153,44 @@ class Streams:
                     self._check(generation)
 
     def _stream(self, talk: Talk, *, first: bool) -> None:
-        acknowledged = threading.Event()
-        complete = threading.Event()
-
-        def frames() -> Iterator[bytes]:
-            yield leading_frame(talk.begin)
-            if talk.gradient is None:
-                return
-            if not first:
-                acknowledged.wait()  # a repeated push first hears whether it is needed
-            for frame in talk.gradient():
-                if complete.is_set():
-                    return
-                yield frame
-
-        call = self._transport.push_pull(talk.member.address, frames())
+        sending = _Sending(talk, first=first)
+        arrivals = Arrivals(talk.parts)
+        failpoints.reach("push.begin")
+        self.links.asked(talk.member.id, (talk.begin.generation, talk.begin.step))
+        call = self._transport.push_pull(talk.member.address, sending.frames())
         try:
             self._register(call, talk.begin.generation)
             for data in call:
+                self.links.answered(talk.member.id)
                 frame = read_frame(data)
                 if isinstance(frame.leading, Acknowledge):
-                    if frame.leading.complete:
-                        complete.set()
-                    acknowledged.set()
+                    sending.acknowledged(frame.leading)
                 else:
-                    self._received(talk, frame)
+                    failpoints.reach("reply.received")
+                    self._received(talk, frame, arrivals)
         finally:
             call.cancel()
-            acknowledged.set()
+            sending.end()
+            self.links.dropped(talk.member.id)
             with self._changed:
                 self._calls.discard(call)
         if not talk.whole():
             name = f"{talk.member.id} at {talk.member.address}"
             raise ShardUnavailable(f"shard {name} ended a reply too early")
 
-    def _received(self, talk: Talk, frame: Frame) -> None:
+    def _received(self, talk: Talk, frame: Frame, arrivals: Arrivals) -> None:
+        """Gathers what has come, and hands on under the lock what is whole."""
+        if isinstance(frame.leading, Record):
+            self._hand_on(talk, frame.leading)
+        for run, buffer in frame.pieces():
+            arrival = arrivals.take(run, buffer)
+            if arrival is not None:
+                self._hand_on(talk, arrival)
+
+    def _hand_on(self, talk: Talk, came: Record | Arrival) -> None:
         with self._changed:
             self._check_generation(talk.begin.generation)
-            talk.received(frame)
+            talk.received(came)
 
     def _register(self, call: Call, generation: int) -> None:
         with self._changed:
@@ -202,3 +216,46 @@ class Streams:
             self._failed = True
             self._changed.notify_all()
         self.cancel()
+
+
+class _Sending:
+    """What a stream sends, in the thread of the transport, while its own thread reads the answer.
+
+    Args:
+        talk: says what.
+        first: whether nothing of the gradient can be there yet; otherwise the shard says first
+            what it still needs.
+    """
+
+    def __init__(self, talk: Talk, *, first: bool) -> None:
+        self._talk, self._first = talk, first
+        self._heard = threading.Event()
+        self._ended = threading.Event()  # nothing more of the gradient is needed
+        self._there: Mapping[int, int] = {}
+
+    def frames(self) -> Iterator[bytes]:
+        """All frames of the stream."""
+        yield leading_frame(self._talk.begin)
+        if self._talk.gradient is None:
+            return
+        if not self._first:
+            self._heard.wait()
+        for frame in self._talk.gradient({} if self._first else self._there):
+            if self._ended.is_set():
+                return
+            failpoints.reach("push.frame")
+            yield frame
+        failpoints.reach("push.end")
+
+    def acknowledged(self, answer: Acknowledge) -> None:
+        """The shard has said what it has."""
+        if not self._heard.is_set():
+            self._there = {one.slice: one.count for one in answer.progress}
+        if answer.complete:
+            self._ended.set()
+        self._heard.set()
+
+    def end(self) -> None:
+        """The stream is over, and a wait for its answer as well."""
+        self._ended.set()
+        self._heard.set()

@@ -1,7 +1,8 @@
 """A worker's half of the protocol, decided: what it holds, promises and may use. Pure.
 
 The session feeds it from its two threads, under one lock, and carries out what follows
-(docs/protocol.md, rules W1 to W8). It holds no tensor, no socket and no clock.
+(docs/protocol.md, rules W1 to W8). It holds no tensor, no socket and no clock: what there is of a
+slice beside its version is in `copies.py`, and is replaced together with it.
 
     joining ──freeze──▶ frozen ──open──▶ behind the base: pull it ──▶ computing ──▶ pushing t
                           ▲                                                            │
@@ -10,13 +11,13 @@ The session feeds it from its two threads, under one lock, and carries out what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from adashard.wire.control import Frozen, Stale, Standing
 from adashard.wire.errors import Internal, InvalidFrame, StaleGeneration
-from adashard.wire.messages import Entry, Plan, Record, Run
+from adashard.wire.messages import Entry, Plan, Record
 from adashard.wire.placement import Slice, cut
-from adashard.wire.spec import JobSpec
+from adashard.wire.spec import JobSpec, Recovery
 
 
 class Worker:
@@ -29,7 +30,7 @@ class Worker:
             would begin the job with; None to begin it with fresh state.
 
     Attributes:
-        version: the version of the weights that it holds whole; -1 for none of the job's.
+        version: the newest at which it has held every slice; -1 for none of the job's.
         record: that of the step `version`; None for fresh weights.
         plan: of the open generation; None while frozen.
         entry: the newest generation it has promised.
@@ -50,8 +51,8 @@ class Worker:
         self._lineage = 0
         self._fresh = True
         self._versions: list[int] = []
-        self._came: dict[int, int] = {}  # elements of slices that are not whole yet
-        self._incoming: Record | None = None
+        self._copies: set[int] = set()  # slices of which the state is here with the weights
+        self._incoming: Record | None = None  # of the step that is being taken
 
     # --- a change of generation -----------------------------------------------------------------
 
@@ -70,24 +71,34 @@ class Worker:
                 self._cut(entry.spec)
             self.promised, self.entry, self.plan = entry.generation, entry, None
             self._become_origin(entry)
-        held = tuple(range(len(self.slices))) if self._is_origin(entry) else ()
+        held = tuple(sorted(self._copies))
         return Frozen(
             job=self.job,
             generation=self.promised,
             lineage=self._lineage,
             slices=held,
             versions=tuple(self._versions[index] for index in held),
-            record=self.record,
+            record=self._record_of(max(self._versions, default=-1)),
             fresh=self._fresh,
             complete=self.version >= 0,
             leaving=self.leaving,
         )
 
-    def supplies(self, plan: Plan) -> set[int]:
-        """The slices that it is to upload for `plan` (W3)."""
-        if plan.entry.generation != self.promised:
-            return set()
-        return {source.slice for source in plan.sources if source.member == self.id}
+    def supplies(self, plan: Plan) -> dict[int, int]:
+        """The slices that it is to upload for `plan` and holds, with their versions (W3)."""
+        return {index: version for index, version in self._named(plan) if self._has(index, version)}
+
+    def misses(self, plan: Plan) -> bool:
+        """Whether `plan` counts on a copy that is not here any more.
+
+        The answer to it is that to the freeze once more: with what is here now.
+        """
+        return any(not self._has(index, version) for index, version in self._named(plan))
+
+    def changed(self, index: int) -> None:
+        """Something else than the job has written the slice's weights: they are no copy (W3)."""
+        self._versions[index] = -1
+        self._copies.discard(index)
 
     def open(self, plan: Plan) -> bool:
         """Goes on with `plan` (W4), if it is that of the promised generation."""
@@ -96,10 +107,8 @@ class Worker:
         if self.plan is None:
             number = plan.entry.lineage.number if plan.entry.lineage else 0
             if number != self._lineage:
-                self._lineage, self.version, self.record = number, -1, None
-                self._versions = [-1] * len(self.slices)
-            self.entry, self.plan, self._incoming = plan.entry, plan, None
-            self._came.clear()
+                self._drop(number)
+            self.entry, self.plan, self._incoming = plan.entry, plan, plan.record
         return True
 
     def check(self, generation: int) -> None:
@@ -123,8 +132,13 @@ class Worker:
     def _cut(self, spec: JobSpec) -> None:
         """What it held was cut in another way, if there was anything."""
         self.slices = cut(spec)
-        self._lineage, self.version, self.record = 0, -1, None
+        self._drop(0)
+
+    def _drop(self, lineage: int) -> None:
+        """Begins a lineage with nothing."""
+        self._lineage, self.version, self.record = lineage, -1, None
         self._versions = [-1] * len(self.slices)
+        self._copies.clear()
 
     def _become_origin(self, entry: Entry) -> None:
         """Where the lineage names this worker, what it begins with is the first version."""
@@ -133,14 +147,27 @@ class Worker:
             self._lineage, self._fresh = lineage.number, False
             self.version, self.record = lineage.base_version, self._loaded
             self._versions = [lineage.base_version] * len(self.slices)
+            self._copies = set(range(len(self.slices)))
 
-    def _is_origin(self, entry: Entry) -> bool:
-        lineage = entry.lineage
-        return (
-            lineage is not None
-            and lineage.origin == self.id
-            and (self._lineage, self.version) == (lineage.number, lineage.base_version)
-        )
+    def _record_of(self, version: int) -> Record | None:
+        """The record of the highest version that it holds; that of a step not taken is nothing."""
+        known = (self._incoming, self.record)
+        return next((one for one in known if one is not None and one.step == version), None)
+
+    def _named(self, plan: Plan) -> Iterator[tuple[int, int]]:
+        """What a plan that is not open yet wants of this worker: slices, and which version."""
+        if plan.entry.generation == self.promised and self.plan is None:
+            for source in plan.sources:
+                if source.member == self.id:
+                    yield source.slice, source.version
+
+    @property
+    def _with_state(self) -> bool:
+        """Whether replies bring state, so that what has come is a copy."""
+        return self.entry is not None and self.entry.spec.recovery is Recovery.WORKERS
+
+    def _has(self, index: int, version: int) -> bool:
+        return index in self._copies and self._versions[index] == version
 
     # --- a step ---------------------------------------------------------------------------------
 
@@ -149,7 +176,7 @@ class Worker:
         return [index for index in indices if self._versions[index] != step]
 
     def held(self, indices: Iterable[int]) -> int:
-        """The version that it holds of all these slices; -1 if one of them is torn."""
+        """The version of the oldest of these slices; -1 if one is not here."""
         return min(self._versions[index] for index in indices)
 
     def step_counts(self) -> tuple[int, ...]:
@@ -171,30 +198,43 @@ class Worker:
             raise Internal(f"two shards of job {self.job!r} have different records of step {step}")
         self._incoming = record
 
-    def writes(self, run: Run) -> None:
-        """Elements are about to be written: the slice is torn until it is whole (W6).
+    def arrived(self, index: int, step: int, *, unchanged: bool = False) -> None:
+        """A whole slice is at `step`: weights and state have been replaced as one (W6).
+
+        Args:
+            index: the slice.
+            step: its version.
+            unchanged: whether nothing has come, as it is what it was.
 
         Raises:
-            InvalidFrame: they do not go on where the ones before ended, or a slice that is not
-                whole is said to be unchanged.
+            InvalidFrame: there is no such slice, or none of the version before.
         """
-        if not 0 <= run.slice < len(self.slices):
-            raise InvalidFrame(f"there is no slice {run.slice}; the job has {len(self.slices)}")
-        if run.count == 0 and self._versions[run.slice] < 0:
-            raise InvalidFrame(f"slice {run.slice} is said to be unchanged, and is not whole here")
-        if run.count == 0:
-            return
-        came = 0 if run.start == 0 else self._came.get(run.slice, 0)
-        if run.start != came or run.start + run.count > self.slices[run.slice].element_count:
-            raise InvalidFrame(f"a reply goes on at element {came}, not so: {run}")
-        self._versions[run.slice], self._fresh = -1, False
-        self._came[run.slice] = came + run.count
+        if not 0 <= index < len(self.slices):
+            raise InvalidFrame(f"there is no slice {index}; the job has {len(self.slices)}")
+        before = self._versions[index]
+        if unchanged and (before < 0 or before not in (step - 1, step)):
+            raise InvalidFrame(
+                f"slice {index} is said to be unchanged in step {step}, and is at {before} here"
+            )
+        self._versions[index] = step
+        if not unchanged:
+            self._fresh = False
+        if not self._with_state:
+            self._copies.discard(index)
+        elif not unchanged:
+            self._copies.add(index)
 
-    def wrote(self, run: Run, step: int) -> None:
-        """They are written; a slice that is whole now, or was all the time, is at `step`."""
-        if run.count == 0 or self._came[run.slice] == self.slices[run.slice].element_count:
-            self._came.pop(run.slice, None)
-            self._versions[run.slice] = step
+    def owes(self, plan: Plan, indices: Iterable[int], step: int) -> list[int]:
+        """Those of the slices whose gradient of `step` may be wanted by their shard (W4).
+
+        In a step that is decided these are the slices that nobody has at it, if this worker has
+        taken part in it.
+        """
+        behind = self.behind(indices, step)
+        if step > plan.base:
+            return behind
+        taken = plan.record is not None and self.id in plan.record.workers
+        return [index for index in behind if taken and index in plan.behind]
 
     def took(self, plan: Plan, step: int) -> None:
         """All slices are at `step`: the gradient may go, the record stays until the next.

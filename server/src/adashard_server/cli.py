@@ -20,7 +20,13 @@ import typer
 from adashard.wire.errors import AdashardError, CannotReachServer
 from adashard.wire.placement import DEFAULT_SLICE_BYTES, SLICE_BYTES_MAX, SLICE_BYTES_MIN
 from adashard.wire.version import VERSION
+from adashard_server import cli_checkpoint
+from adashard_server.cluster.checkpoints import CheckpointSettings
+from adashard_server.cluster.leases import LeaseSettings
+from adashard_server.cluster.strikes import STRIKES
 from adashard_server.config import GRPC_PORT, HTTP_PORT, CoordinatorSettings, ShardSettings
+from adashard_server.demo.chaos import Victim
+from adashard_server.launch.restarts import TAKEN_OVER
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,8 +36,7 @@ app = typer.Typer(
 )
 serve = typer.Typer(no_args_is_help=True, help="Run one process of a cluster.")
 app.add_typer(serve, name="serve")
-
-TAKEN_OVER = 3
+app.add_typer(cli_checkpoint.commands, name="checkpoint")
 
 Bind = Annotated[str, typer.Option(envvar="ADASHARD_BIND", help="Address to listen on.")]
 Advertise = Annotated[
@@ -55,8 +60,87 @@ SliceBytes = Annotated[
         help="Size of slices, where a job leaves it open.",
     ),
 ]
+Strikes = Annotated[
+    int,
+    typer.Option(
+        envvar="ADASHARD_STRIKES",
+        min=0,
+        help="Steps in a row with NaN or Inf after which a worker is evicted; 0 for never.",
+    ),
+]
+MaxUpdateRms = Annotated[
+    float,
+    typer.Option(
+        envvar="ADASHARD_MAX_UPDATE_RMS",
+        min=0.0,
+        help="RMS of an update above which a step is told of; 0 for what is unusual only.",
+    ),
+]
 Token = Annotated[str, typer.Option(envvar="ADASHARD_TOKEN", help="The cluster's secret.")]
 LogLevel = Annotated[str, typer.Option(envvar="ADASHARD_LOG_LEVEL", help="DEBUG to ERROR.")]
+LeaseS = Annotated[
+    float,
+    typer.Option(
+        envvar="ADASHARD_LEASE_S", help="Seconds of silence after which a member counts as dead."
+    ),
+]
+GraceS = Annotated[
+    float,
+    typer.Option(
+        envvar="ADASHARD_GRACE_S",
+        help="Seconds that a member has to come back whose control stream has broken.",
+    ),
+]
+RenewS = Annotated[
+    float,
+    typer.Option(envvar="ADASHARD_RENEW_S", help="Seconds between two renewals of a member."),
+]
+ReplaceAfterS = Annotated[
+    float,
+    typer.Option(
+        envvar="ADASHARD_REPLACE_AFTER_S",
+        help="Seconds that a dead shard is waited for before the others take its slices.",
+    ),
+]
+CheckpointDir = Annotated[
+    str,
+    typer.Option(
+        envvar="ADASHARD_CHECKPOINT_DIR",
+        help="Directory of checkpoints, on a file system that the coordinator and all shards see.",
+    ),
+]
+CheckpointEvery = Annotated[
+    int,
+    typer.Option(
+        envvar="ADASHARD_CHECKPOINT_EVERY",
+        min=0,
+        help="Steps from checkpoint to checkpoint; 0 for those only that are asked for.",
+    ),
+]
+KeepLast = Annotated[
+    int,
+    typer.Option(
+        envvar="ADASHARD_KEEP_LAST", min=0, help="How many of the newest are kept; 0 keeps all."
+    ),
+]
+KeepBest = Annotated[
+    int,
+    typer.Option(
+        envvar="ADASHARD_KEEP_BEST",
+        min=0,
+        help="How many of the least logged loss are kept beside them.",
+    ),
+]
+Resume = Annotated[
+    str,
+    typer.Option(
+        envvar="ADASHARD_RESUME",
+        help="'latest' to begin jobs from their newest checkpoint, or the folder of one.",
+    ),
+]
+Standby = Annotated[
+    bool, typer.Option(hidden=True, help="Begin when a line comes on standard input.")
+]
 Supervised = Annotated[bool, typer.Option(hidden=True, help="End when standard input ends.")]
 Coordinator = Annotated[
     str, typer.Option(envvar="ADASHARD_COORDINATOR", help="host:port of the coordinator.")
@@ -74,7 +158,18 @@ def serve_coordinator(
     registry: Registry = "memory",
     min_shards: MinShards = 1,
     slice_bytes: SliceBytes = DEFAULT_SLICE_BYTES,
+    strikes: Strikes = STRIKES,
+    max_update_rms: MaxUpdateRms = 0.0,
     token: Token = "",
+    lease_s: LeaseS = LeaseSettings().lease_s,
+    grace_s: GraceS = LeaseSettings().grace_s,
+    renew_s: RenewS = LeaseSettings().renew_s,
+    replace_after_s: ReplaceAfterS = LeaseSettings().replace_after_s,
+    checkpoint_dir: CheckpointDir = "",
+    checkpoint_every: CheckpointEvery = 0,
+    keep_last: KeepLast = CheckpointSettings().keep_last,
+    keep_best: KeepBest = CheckpointSettings().keep_best,
+    resume: Resume = "",
     log_level: LogLevel = "INFO",
     supervised: Supervised = False,
 ) -> None:
@@ -90,7 +185,17 @@ def serve_coordinator(
         registry=registry,
         min_shards=min_shards,
         slice_bytes=slice_bytes,
+        strikes=strikes,
+        max_update_rms=max_update_rms,
+        leases=LeaseSettings(
+            lease_s=lease_s, grace_s=grace_s, renew_s=renew_s, replace_after_s=replace_after_s
+        ),
         token=token,
+        checkpoint_dir=checkpoint_dir,
+        checkpoints=CheckpointSettings(
+            every_steps=checkpoint_every, keep_last=keep_last, keep_best=keep_best
+        ),
+        resume=resume,
     )
 
     async def run() -> str:
@@ -118,8 +223,10 @@ def serve_shard(
     port: Port = 0,
     device: Device = "auto",
     token: Token = "",
+    checkpoint_dir: CheckpointDir = "",
     log_level: LogLevel = "INFO",
     supervised: Supervised = False,
+    standby: Standby = False,
 ) -> None:
     """Data plane: fp32 weights and optimizer state of its slices, on one device."""
     import torch
@@ -129,6 +236,8 @@ def serve_shard(
 
     torch.set_num_threads(1)  # parallel over streams; see docs/decisions
     logs.configure(log_level)
+    if standby and not _activated():
+        return
     process = ShardProcess(
         ShardSettings(
             coordinator=coordinator,
@@ -137,6 +246,7 @@ def serve_shard(
             port=port,
             device=device,
             token=token,
+            checkpoint_dir=checkpoint_dir,
         )
     )
     stop = threading.Event()
@@ -159,6 +269,11 @@ def up(
     port: Port = GRPC_PORT,
     http_port: HttpPort = HTTP_PORT,
     registry: Registry = "memory",
+    checkpoint_dir: CheckpointDir = "",
+    checkpoint_every: CheckpointEvery = 0,
+    keep_last: KeepLast = CheckpointSettings().keep_last,
+    keep_best: KeepBest = CheckpointSettings().keep_best,
+    resume: Resume = "",
 ) -> None:
     """A coordinator and shards on this machine, until Ctrl-C."""
     from adashard_server.cluster_local import LocalCluster
@@ -166,7 +281,18 @@ def up(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    cluster = LocalCluster(shards, registry=registry, port=port, http_port=http_port, quiet=False)
+    cluster = LocalCluster(
+        shards,
+        registry=registry,
+        port=port,
+        http_port=http_port,
+        quiet=False,
+        checkpoint_dir=checkpoint_dir,
+        checkpoints=CheckpointSettings(
+            every_steps=checkpoint_every, keep_last=keep_last, keep_best=keep_best
+        ),
+        resume=resume,
+    )
     with cluster:
         typer.echo(f"adashard is up: {shards} shards; Ctrl-C ends it")
         typer.echo(
@@ -174,16 +300,17 @@ def up(
         )
         typer.echo(f"  page      {cluster.url}")
         while not stop.wait(0.2):
-            ended = [one for one in cluster.processes if one.exit_code is not None]
-            if ended:
-                typer.echo(
-                    f"{ended[0].role} ended by itself (exit code {ended[0].exit_code})", err=True
-                )
-                raise typer.Exit(1)
+            if cluster.failure is not None:
+                raise cluster.failure
 
 
 @app.command()
 def demo(
+    victims: Annotated[
+        list[Victim] | None,
+        typer.Argument(metavar="victim", help="Whom --chaos kills: both, if left out."),
+    ] = None,
+    chaos: Annotated[bool, typer.Option("--chaos", help="Kill processes while it trains.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Steps to train.")] = 600,
     workers: Annotated[int, typer.Option(min=1, max=8, help="Worker processes.")] = 2,
     shards: Annotated[int, typer.Option(min=1, max=8, help="Shard processes.")] = 2,
@@ -192,7 +319,21 @@ def demo(
     """Train a small language model on Python's own sources, through a cluster on this machine."""
     from adashard_server.demo.run import run_demo
 
-    raise typer.Exit(run_demo(steps=steps, workers=workers, shards=shards, seed=seed))
+    dying = _victims(chaos, victims or [])
+    if Victim.WORKER in dying and workers < 2:
+        raise typer.BadParameter("a worker can be killed where --workers is 2 or more")
+    raise typer.Exit(
+        run_demo(steps=steps, workers=workers, shards=shards, seed=seed, victims=dying)
+    )
+
+
+def _victims(chaos: bool, named: list[Victim]) -> list[Victim]:
+    """Whom the demo kills, in the order of their deaths."""
+    if named and not chaos:
+        raise typer.BadParameter(f"a {named[0]} is killed with --chaos only")
+    if len(set(named)) < len(named):
+        raise typer.BadParameter("--chaos kills one shard, one worker, or one of each")
+    return (named or list(Victim)) if chaos else []
 
 
 @app.command()
@@ -250,6 +391,14 @@ def _ready(said: dict[str, Any]) -> None:
     """One line on standard output, for whoever started this process."""
     sys.stdout.write(json.dumps(said) + "\n")
     sys.stdout.flush()
+
+
+def _activated() -> bool:
+    """Does what a shard can do before it is one, and waits to become one; False at the end."""
+    from adashard_server.optim.compilation import compile_ahead
+
+    compile_ahead()
+    return bool(os.read(0, 1))
 
 
 def _when_abandoned(end: Callable[[], object]) -> None:

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 
 from adashard.wire.errors import InvalidSettings
 from adashard.wire.placement import DEFAULT_SLICE_BYTES
+from adashard_server.cluster.checkpoints import CheckpointSettings
 from adashard_server.cluster.leases import LeaseSettings
+from adashard_server.cluster.strikes import STRIKES
 
 GRPC_PORT = 50051
 HTTP_PORT = 8080
 DRAIN_S = 10.0
 MEMORY = "memory"
+LATEST = "latest"
 _ANY_HOST = ("0.0.0.0", "[::]", "::", "")
 
 
@@ -28,8 +31,16 @@ class CoordinatorSettings:
         registry: "memory", or the URL of a Redis server.
         min_shards: shards that a job's first step needs.
         slice_bytes: of jobs whose workers leave it open.
+        strikes: steps in a row with gradients that are not finite, after which a worker is evicted;
+            0 for never.
+        max_update_rms: RMS of an update, before clipping, above which a step is told of; 0 for
+            what is unusual only.
         token: the cluster's secret; empty for none.
         leases: times of membership.
+        checkpoint_dir: directory of checkpoints, on a file system that all shards share; empty
+            for none.
+        checkpoints: when they are cut, and which are kept.
+        resume: "latest" for jobs to begin from their newest checkpoint, or the folder of one.
     """
 
     bind: str = "127.0.0.1"
@@ -39,8 +50,13 @@ class CoordinatorSettings:
     registry: str = MEMORY
     min_shards: int = 1
     slice_bytes: int = DEFAULT_SLICE_BYTES
+    strikes: int = STRIKES
+    max_update_rms: float = 0.0
     token: str = field(default="", repr=False)
     leases: LeaseSettings = LeaseSettings()
+    checkpoint_dir: str = ""
+    checkpoints: CheckpointSettings = CheckpointSettings()
+    resume: str = ""
 
     @property
     def host(self) -> str:
@@ -60,6 +76,8 @@ class ShardSettings:
         device: "auto", "cpu" or "cuda:N".
         token: the cluster's secret; empty for none.
         drain_s: how long a round under way may take when the process is asked to end.
+        checkpoint_dir: where this machine has the cluster's directory of checkpoints; empty for
+            where the coordinator says.
     """
 
     coordinator: str = f"127.0.0.1:{GRPC_PORT}"
@@ -69,6 +87,7 @@ class ShardSettings:
     device: str = "auto"
     token: str = field(default="", repr=False)
     drain_s: float = DRAIN_S
+    checkpoint_dir: str = ""
 
     @property
     def host(self) -> str:

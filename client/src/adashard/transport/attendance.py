@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from adashard import failpoints
 from adashard.retry import Backoff, repeatable
 from adashard.transport.base import ControlCall, Transport
 from adashard.wire.control import FromCoordinator, FromMember, Hello, Renewal, Welcome
@@ -20,6 +21,9 @@ from adashard.wire.errors import AdashardError, CannotReachServer, Internal
 log = logging.getLogger("adashard.membership")
 
 CONNECT_BUDGET_S = 10.0
+RECONNECT_S = (
+    0.5  # at most between two tries of a member: a coordinator that is back has its leases
+)
 _RENEW_S = 1.0
 
 
@@ -66,7 +70,8 @@ class Attendance:
 
     def send(self, message: FromMember) -> None:
         """Queues a message, from any thread; it is dropped if the stream breaks first."""
-        self._outbox.put(message)
+        for one in failpoints.sent(message):
+            self._outbox.put(one)
 
     def renew(self) -> None:
         """Says at once where the member stands."""
@@ -97,8 +102,8 @@ class Attendance:
             if self._closed.is_set():
                 return
             if self._stood:
-                backoff = Backoff(self._connect_budget_s, time.monotonic)
-                log.warning("lost the coordinator at %s; trying again: %s", self._address, error)
+                backoff = Backoff(self._connect_budget_s, time.monotonic, longest_s=RECONNECT_S)
+                log.warning("lost the coordinator; trying again: %s", error.message)
             wait_s = backoff.next_s()
             if not repeatable(error) or (wait_s is None and not self._welcomed):
                 self._failed(_unreached(error, self._address, backoff))
@@ -117,7 +122,8 @@ class Attendance:
                 if isinstance(message, Welcome):
                     self._welcomed = self._stood = True
                     self._renew_s = message.renew_s
-                self._handle(message)
+                for one in failpoints.received(message):
+                    self._handle(one)
         finally:
             outbox.put(None)
 

@@ -33,7 +33,7 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", max(CONTROL_BYTES_MAX, FRAME_BYTES_MAX)),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.max_reconnect_backoff_ms", 500),  # a process that is back is found in no time
     ("grpc.enable_http_proxy", 0),
 ]
 

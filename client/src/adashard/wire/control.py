@@ -160,6 +160,10 @@ class StepSummary:
     not_finite_parameters: tuple[str, ...] = ()
 
 
+CHECKPOINT_UNREADABLE = "checkpoint_unreadable"
+"""The one name in `Happened` on which a coordinator acts; its facts name the checkpoint."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Happened:
     """Something that people should know of, which a member alone has seen."""
@@ -191,6 +195,7 @@ class Snapshotted:
     slices: tuple[int, ...] = ()
     record: Record | None = None
     error: ErrorInfo | None = None
+    not_finite: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +218,8 @@ class Welcome:
     lease_s: float
     renew_s: float
     job_version: int = -1
+    checkpoint_dir: str = ""
+    checkpoint_mark: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

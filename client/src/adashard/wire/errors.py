@@ -8,15 +8,20 @@ Over the wire an error is (reason, message, remedy, facts); `from_info` finds th
     ├── InvalidRequest       400   settings or a message that cannot be right
     │   ├── InvalidSettings        hyper-parameters that contradict each other
     │   ├── InvalidFrame           a frame that is malformed, truncated or over a limit
+    │   │   └── DamagedFrame 503   bytes that are not those that were sent
     │   └── UnsupportedParameter   a parameter that cannot be trained here
-    ├── InvalidGradient      400   a gradient that is not finite, or not dense or in rows
+    ├── InvalidGradient      400   a gradient that cannot be sent
+    │   └── NotFinite              one with NaN or Inf in it
     ├── UnknownJob           404
     ├── LeaseExpired         404   the session is no longer part of the job
+    ├── Evicted              400   the job goes on without this worker
     ├── JobExists            409   the job exists and this call must not join it
     ├── ModelMismatch        409   the job was registered with another model or other settings
     ├── StaleGeneration      409   membership has changed: fetch the placement, push again
     ├── VersionSkew          400   client and server are too far apart
     ├── JobLost              500   the state of a job is gone
+    ├── CheckpointUnreadable 500   a checkpoint is not there, incomplete or damaged
+    ├── CheckpointUnwritable 400   a checkpoint cannot be written
     ├── ShardUnavailable     503   nobody answers at a shard's address
     ├── CannotReachServer    503   nobody answers at the coordinator's address
     ├── Draining             503   the process is going away
@@ -105,6 +110,16 @@ class InvalidFrame(InvalidRequest):
     default_remedy = "Use the client of the same version as the server; report a defect if it is."
 
 
+class DamagedFrame(InvalidFrame):
+    """Bytes that are not those that were sent: their checksum is wrong. None of them is used."""
+
+    code = Code.UNAVAILABLE
+    http_status = 503
+    default_remedy = (
+        "The call is repeated. If it goes on, a network device or a memory turns bits: replace it."
+    )
+
+
 class UnsupportedParameter(InvalidRequest):
     """A parameter that cannot be trained here: not floating point, sparse, or too large."""
 
@@ -112,11 +127,21 @@ class UnsupportedParameter(InvalidRequest):
 
 
 class InvalidGradient(AdashardError):
-    """A gradient that is not finite, or not dense or in rows. The weights are untouched."""
+    """A gradient that cannot be sent: neither dense nor in rows. The weights are untouched."""
 
     code = Code.INVALID_ARGUMENT
     http_status = 400
     default_remedy = "Look at the tensors named; nothing was sent, and step() may be called again."
+
+
+class NotFinite(InvalidGradient):
+    """A gradient with NaN or Inf in it. Nothing was sent, and the weights are untouched."""
+
+    default_remedy = (
+        "Look at the tensors named: at their data, their loss or the learning rate. step() may be "
+        "called again; skip_step() takes part in the step without a gradient; nonfinite='skip' "
+        "has the whole job skip such steps."
+    )
 
 
 class UnknownJob(AdashardError):
@@ -135,6 +160,14 @@ class LeaseExpired(AdashardError):
     code = Code.NOT_FOUND
     http_status = 404
     default_remedy = "Call step() again: it joins anew and adopts the job's weights."
+
+
+class Evicted(AdashardError):
+    """The job goes on without this worker, because of what it did."""
+
+    code = Code.FAILED_PRECONDITION
+    http_status = 400
+    default_remedy = "Look for the cause on this worker; step() joins anew, as a new worker."
 
 
 class JobExists(AdashardError):
@@ -175,6 +208,28 @@ class JobLost(AdashardError):
     code = Code.DATA_LOSS
     http_status = 500
     default_remedy = "Begin again with on_existing='replace', from your own saved weights."
+
+
+class CheckpointUnreadable(AdashardError):
+    """A checkpoint is not there, not complete, damaged, or of a format that is not known here."""
+
+    code = Code.DATA_LOSS
+    http_status = 500
+    default_remedy = (
+        "`adashard checkpoint list` shows the others, and `adashard checkpoint verify` which of "
+        "them are whole."
+    )
+
+
+class CheckpointUnwritable(AdashardError):
+    """A checkpoint cannot be written: no room, no permission, or no directory. Steps go on."""
+
+    code = Code.FAILED_PRECONDITION
+    http_status = 400
+    default_remedy = (
+        "Make room in the directory named, or give the processes write permission there; the next "
+        "checkpoint is tried when it is due."
+    )
 
 
 class ShardUnavailable(AdashardError):

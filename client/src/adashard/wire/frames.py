@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 
 from adashard.wire import codec
+from adashard.wire.checksums import RunningChecksums
 from adashard.wire.errors import InvalidFrame, InvalidRequest
 from adashard.wire.messages import Acknowledge, Begin, Content, Record, Run, UploadBegin
 from adashard.wire.spec import DType
@@ -69,16 +70,27 @@ def leading_frame(message: Leading) -> bytes:
     return _HEADER_TAG + _varint(len(encoded)) + encoded
 
 
-def data_frame(runs: Sequence[Run], parts: Sequence[memoryview]) -> bytes:
-    """The frame that carries the elements of `runs`; `parts` are their bytes in order."""
+def data_frame(
+    runs: Sequence[Run],
+    parts: Sequence[memoryview],
+    checksums: RunningChecksums | None = None,
+) -> bytes:
+    """The frame that carries the elements of `runs`.
+
+    Args:
+        runs: what the elements are.
+        parts: their bytes in order; with `checksums` one for each run.
+        checksums: of the stream that the frame is part of; None to write those of `runs`.
+    """
     header = shard_pb2.Header()
-    for run in runs:
+    for place, run in enumerate(runs):
         header.runs.add(
             slice=run.slice,
             start=run.start,
             count=run.count,
             dtype=int(run.dtype),
             content=int(run.content),
+            checksum=checksums.after(run, parts[place]) if checksums else run.checksum,
         )
     encoded = header.SerializeToString()
     payload_bytes = sum(part.nbytes for part in parts)
@@ -237,6 +249,7 @@ def _read_header(encoded: memoryview) -> tuple[Leading | None, tuple[Run, ...]]:
                 count=run.count,
                 dtype=DType(run.dtype),
                 content=Content(run.content),
+                checksum=run.checksum,
             )
             for run in header.runs
         )

@@ -13,9 +13,10 @@ docs/decisions/0011.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 from adashard.wire.errors import InvalidRequest, UnsupportedParameter
 from adashard.wire.schema import fields_of
@@ -26,6 +27,7 @@ from adashard.wire.spec import (
     Group,
     JobSpec,
     Parameter,
+    Recovery,
 )
 
 DEFAULT_SLICE_BYTES = 4 << 20
@@ -40,6 +42,8 @@ CLUSTER_DEFAULT = 0  # a worker's slice_bytes that leaves the choice to the coor
 WORKERS_MAX = 64
 
 _FLOAT32_BYTES = 4
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,13 +160,32 @@ def nodes(slices: Sequence[Slice], held: Iterable[int]) -> tuple[Node, ...]:
         slices: all of the job, as from `cut`.
         held: indices of those that are held, in any order.
     """
-    found = list[tuple[int, int]]()
-    for first in sorted(set(held)):
-        count = 1
-        while found and _are_siblings(slices, *found[-1], first, count):
-            first, count = found.pop()[0], 2 * count
-        found.append((first, count))
-    return tuple(Node(slice=first, count=count) for first, count in found)
+    leaves = ((index, 1, None) for index in sorted(set(held)))
+    subtrees = merged(slices, leaves, lambda *_: None)
+    return tuple(Node(slice=first, count=count) for first, count, _ in subtrees)
+
+
+def merged(
+    slices: Sequence[Slice], parts: Iterable[tuple[int, int, T]], add: Callable[[T, T], T]
+) -> list[tuple[int, int, T]]:
+    """Adds up what is known of subtrees wherever two siblings are both there.
+
+    Args:
+        slices: all of the job, as from `cut`.
+        parts: (first slice, number of slices, part) of subtrees; ascending, no slice in two.
+        add: of two siblings, the earlier first.
+
+    Returns:
+        The parts of the largest subtrees that are whole, in the same form: one for each parameter
+        of which all is there. The bits do not depend on how the parts were merged before.
+    """
+    found = list[tuple[int, int, T]]()
+    for part in parts:
+        found.append(part)
+        while len(found) > 1 and _are_siblings(slices, *found[-2][:2], *found[-1][:2]):
+            first, count, left = found[-2]
+            found[-2:] = [(first, 2 * count, add(left, found[-1][2]))]
+    return found
 
 
 def _are_siblings(
@@ -261,6 +284,7 @@ def validate_spec(spec: JobSpec) -> None:
     _check_range("min_workers", spec.min_workers, 1, WORKERS_MAX)
     for index, group in enumerate(spec.groups):
         _check_group(index, group)
+    _check_recovery(spec)
     names = dict[str, int]()
     for index, parameter in enumerate(spec.parameters):
         _check_parameter(index, parameter, group_count=len(spec.groups))
@@ -272,6 +296,19 @@ def validate_spec(spec: JobSpec) -> None:
             )
     if spec.slice_bytes != CLUSTER_DEFAULT:
         _check_slice_count(spec)
+
+
+def _check_recovery(spec: JobSpec) -> None:
+    if spec.recovery is Recovery.UNSPECIFIED:
+        raise InvalidRequest("a job says what a dead shard is rebuilt from", setting="recovery")
+    if spec.recovery is Recovery.WORKERS:
+        for index, group in enumerate(spec.groups):
+            if group.adafactor and group.adafactor.momentum:
+                raise InvalidRequest(
+                    f"group {index} has a first moment, which no worker keeps: a dead shard of "
+                    "the job is rebuilt from a checkpoint",
+                    setting="recovery",
+                )
 
 
 def _check_slice_count(spec: JobSpec) -> None:
@@ -357,6 +394,9 @@ def _differences(mine: JobSpec, theirs: JobSpec) -> Iterator[str]:
         yield from _group_differences(index, here, there)
     if mine.slice_bytes not in (CLUSTER_DEFAULT, theirs.slice_bytes):
         yield f"slice_bytes: {mine.slice_bytes} here, {theirs.slice_bytes} in the job"
+    if mine.recovery is not theirs.recovery:
+        ours, others = mine.recovery.name.lower(), theirs.recovery.name.lower()
+        yield f"recovery: from {ours} here, from {others} in the job"
 
 
 def _differences_at(index: int, mine: JobSpec, theirs: JobSpec) -> Iterator[str]:

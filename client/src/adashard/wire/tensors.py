@@ -53,6 +53,17 @@ def as_buffer(flat: Tensor) -> memoryview:
     return memoryview(cast(bytes, flat.detach().view(torch.uint8).numpy()))
 
 
+def row_by_row(part: Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order: not copied where they lie so, on the CPU.
+
+    Rows that lie apart are put together by numpy. torch would do that in pages that are new each
+    time, and the kernel takes several times as long to bring these as the copy takes.
+    """
+    if part.is_contiguous() or part.device.type != "cpu" or part.stride(-1) != 1:
+        return as_buffer(flat_on_cpu(part))
+    return memoryview(part.detach().view(torch.uint8).numpy().tobytes())
+
+
 def from_buffer(buffer: memoryview, dtype: DType) -> Tensor:
     """A flat tensor over `buffer`, not copied; it must not be written to."""
     if not buffer.nbytes:

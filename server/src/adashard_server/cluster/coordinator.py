@@ -12,15 +12,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from adashard.wire.control import (
+    CHECKPOINT_UNREADABLE,
     Bye,
     FromMember,
     Frozen,
+    Happened,
     Hello,
     Holding,
     Logged,
+    Notice,
     Opened,
     Planned,
     Renewal,
+    Snapshotted,
     Stale,
     Standing,
     StepSummary,
@@ -37,13 +41,34 @@ from adashard.wire.errors import (
 from adashard.wire.messages import Entry
 from adashard.wire.placement import DEFAULT_SLICE_BYTES, first_difference
 from adashard.wire.version import VERSION, check_version
-from adashard_server.cluster.instructions import Announce, Instruction, StepDown, Tell
-from adashard_server.cluster.jobs import JOBS_MAX, check_join, new_entry, new_spec, offer_of
+from adashard_server.cluster import links
+from adashard_server.cluster.checkpoints import Checkpoints
+from adashard_server.cluster.cutting import Cuttings
+from adashard_server.cluster.instructions import (
+    Announce,
+    HangUp,
+    Instruction,
+    StepDown,
+    Tell,
+)
+from adashard_server.cluster.jobs import (
+    JOBS_MAX,
+    SHARDS_MAX,
+    begin_job,
+    check_join,
+    new_spec,
+    offer_of,
+)
 from adashard_server.cluster.leases import Leases, LeaseSettings
-from adashard_server.cluster.membership import Membership, Phase, Surroundings
+from adashard_server.cluster.membership import Membership, Phase
+from adashard_server.cluster.strikes import STRIKES, Strikes
+from adashard_server.cluster.succession import Surroundings
+from adashard_server.cluster.takeover import Takeovers
 
-SHARDS_MAX = 256
+LINKS_MAX = 1000  # of one member; what it reports beyond that is not looked at
 REPLACED = "replaced"
+FOREVER = 2**31 - 1
+"""Above every generation: a member is told to go whatever it has promised."""
 
 
 @dataclass(slots=True)
@@ -55,6 +80,8 @@ class Contact:
     attached: bool = True
     draining: bool = False
     holdings: dict[str, Holding] = field(default_factory=dict)
+    broken_links: frozenset[str] = frozenset()
+    evicted: AdashardError | None = None
 
     @property
     def job(self) -> str | None:
@@ -72,6 +99,10 @@ class Coordinator:
         min_shards: shards that a job's first generation needs.
         slice_bytes: of jobs whose workers leave it open.
         token: the cluster's secret; empty for none.
+        alone: whether the registry is this process's memory, so that no other coordinator writes.
+        strikes: steps in a row with gradients that are not finite, after which a worker is evicted;
+            0 for never.
+        checkpoints: those in the cluster's directory; None for a cluster without one.
     """
 
     def __init__(
@@ -83,6 +114,9 @@ class Coordinator:
         min_shards: int,
         token: str,
         slice_bytes: int = DEFAULT_SLICE_BYTES,
+        alone: bool = False,
+        strikes: int = STRIKES,
+        checkpoints: Checkpoints | None = None,
         now: float,
     ) -> None:
         self.id = coordinator_id
@@ -92,6 +126,12 @@ class Coordinator:
         self.leases = Leases(leases)
         self.contacts: dict[str, Contact] = {}
         self.jobs: dict[str, Membership] = {}
+        self.checkpoints = checkpoints or Checkpoints()
+        self.cuttings = Cuttings(self.checkpoints, coordinator_id)
+        self.registry_error = ""  # while the registry does not answer
+        self._takeovers = Takeovers(self.jobs, self.leases, self._membership, leases.grace_s)
+        self._alone = alone
+        self._strikes = Strikes(strikes)
         self._token = token
         self._promised: dict[str, int] = {}
         self._shard_count = 0
@@ -100,10 +140,13 @@ class Coordinator:
 
     def _take_over(self, entry: Entry, now: float) -> None:
         """A job that an earlier coordinator has left: all its members get a fresh lease (C1)."""
-        membership = self.jobs[entry.job] = Membership(entry, self.id)
+        membership = self.jobs[entry.job] = self._membership(entry)
         membership.ask_for_change()
         for member in membership.members:
-            self.leases.renew(member.id, now)
+            self.leases.expect(member.id, now)
+
+    def _membership(self, entry: Entry) -> Membership:
+        return Membership(entry, self.id, self.checkpoints)
 
     # --- what comes in --------------------------------------------------------------------------
 
@@ -111,11 +154,11 @@ class Coordinator:
         """A message of a member that has said hello.
 
         Raises:
-            InvalidRequest: nobody of this id has said hello.
+            LeaseExpired: nobody of this id has said hello, or it was silent for too long since.
         """
         contact = self.contacts.get(member)
         if contact is None:
-            raise InvalidRequest(f"{member} has not said hello")
+            raise LeaseExpired(f"{member} was silent for so long that it has been forgotten")
         self.leases.renew(member, now)
         match message:
             case Renewal():
@@ -128,10 +171,18 @@ class Coordinator:
                 self.jobs[job].opened(member, message)
             case Stale(job=job, promised=promised) if job in self.jobs:
                 if promised > self.jobs[job].entry.generation:
-                    return [StepDown(f"member {member} has promised generation {promised}")]
+                    return self._overtaken(member, self.jobs[job], promised)
             case StepSummary(job=job, step=step) if job in self.jobs:
                 self.jobs[job].versions[member] = step
-            case Logged() | _:
+                if contact.job is None:
+                    return self._strike(message, now)
+            case Logged(job=job) if job in self.jobs:
+                self.cuttings.logged(member, message)
+            case Snapshotted(job=job) if job in self.jobs:
+                return self.cuttings.snapshotted(member, message)
+            case Happened(job=job) if job in self.jobs:
+                return self._happened(message)
+            case _:
                 pass
         return []
 
@@ -144,8 +195,13 @@ class Coordinator:
         self._check(hello)
         known = self.contacts.get(hello.id)
         job_version, instructions = -1, list[Instruction]()
+        for entry in hello.entries:
+            instructions += self._takeovers.offered(entry, hello.id, now)
         if hello.worker is not None:
-            job_version, instructions = self._join(hello, hello.worker)
+            job_version, joining = self._join(hello, hello.worker)
+            instructions += joining
+            if self.registry_error:
+                instructions.append(self._registry_notice(hello.id, hello.worker.job))
         if known is None:
             index = self._next_index() if hello.shard else -1
             self.contacts[hello.id] = Contact(hello, index)
@@ -157,6 +213,8 @@ class Coordinator:
             lease_s=self.settings.lease_s,
             renew_s=self.settings.renew_s,
             job_version=job_version,
+            checkpoint_dir=self.checkpoints.directory if hello.shard else "",
+            checkpoint_mark=self.checkpoints.mark if hello.shard else "",
         )
         return [Tell(hello.id, welcome), *instructions]
 
@@ -173,15 +231,88 @@ class Coordinator:
         """The registry has answered the last `Swap` of a job."""
         return self.jobs[job].swapped(done, stored, now)
 
+    def looked_up(self, job: str, stored: Entry | None) -> list[Instruction]:
+        """What the registry holds of a job, asked for now and then; not by one that is alone.
+
+        A coordinator whose members all stay with it has no other way to learn that it was replaced.
+        """
+        membership = self.jobs.get(job)
+        return membership.looked_up(stored) if membership and not self._alone else []
+
     def tick(self, now: float) -> list[Instruction]:
         """Time has passed; to be called several times a second."""
         self.leases.tick(now)
         around = self._surroundings(now)
         instructions: list[Instruction] = []
+        accounted = self.contacts.keys() | around.dead
         for membership in self.jobs.values():
-            instructions += membership.tick(around, now)
+            if self._takeovers.is_over(membership, accounted, now):
+                instructions += membership.tick(around, now)
+            opened, version = membership.phase is Phase.OPEN, membership.version
+            instructions += self.cuttings.tick(
+                membership.entry, opened=opened, version=version, now=now
+            )
         self._forget_the_dead(around)
-        return instructions
+        return instructions + self._evict_unreachable(around, now)
+
+    def evict(self, member: str, error: AdashardError, now: float) -> list[Instruction]:
+        """Has a member that lives count as dead from now on, and tells it why. Idempotent.
+
+        Args:
+            member: its id.
+            error: what its session or process ends with.
+            now: seconds.
+        """
+        contact = self.contacts.get(member)
+        if contact is None or contact.evicted is not None:
+            return []
+        contact.evicted = error
+        self.leases.revoke(member, now)
+        job, kind = contact.job or "", "shard" if contact.job is None else "worker"
+        text = f"{kind} {member} is evicted: {error.message}"
+        bye = Bye(job=job, generation=FOREVER, error=error.info())
+        return [Announce(job, "evicted", text, {kind: member}), Tell(member, bye), HangUp(member)]
+
+    def registry_gone(self, error: AdashardError) -> list[Instruction]:
+        """The registry does not answer: steps go on, and every change waits until it does."""
+        self.registry_error = error.message
+        text = f"joins, leaves and deaths wait, steps go on: {error.message}"
+        waiting = {
+            worker: job
+            for job, membership in self.jobs.items()
+            if membership.writing
+            for worker in membership.worker_ids()
+        }
+        notices = [self._registry_notice(worker, waiting[worker]) for worker in sorted(waiting)]
+        return [Announce("", "registry_gone", text), *notices]
+
+    def registry_back(self) -> list[Instruction]:
+        """The registry answers again."""
+        self.registry_error = ""
+        return [Announce("", "registry_back", "the registry answers again")]
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def _happened(self, happened: Happened) -> list[Instruction]:
+        """A member tells people something; that a checkpoint is damaged is for us as well (C5)."""
+        job, name = happened.job, happened.facts.get("checkpoint", "")
+        told = Announce(job, happened.name, happened.text, happened.facts)
+        membership = self.jobs[job]
+        lineage = membership.entry.lineage
+        needed = membership.phase is Phase.PLANNING and lineage and lineage.checkpoint == name
+        if happened.name != CHECKPOINT_UNREADABLE:
+            return [told]
+        self.checkpoints.unreadable(job, name)
+        return [told, *membership.restore(happened.text)] if needed else []
+
+    def _overtaken(self, member: str, membership: Membership, promised: int) -> list[Instruction]:
+        """A member has promised more than we know: a newer coordinator's, or an older one's."""
+        if not self._alone:
+            return [StepDown(f"member {member} has promised generation {promised}")]
+        job = membership.entry.job
+        error = LeaseExpired(f"{member} comes too late to be taken over into job {job!r}")
+        told = Tell(member, Bye(job=job, generation=promised, error=error.info()))
+        return [told] if self._is_shard(member) else [told, HangUp(member)]
 
     # --- inside ---------------------------------------------------------------------------------
 
@@ -189,6 +320,9 @@ class Coordinator:
         if self._token and not hmac.compare_digest(hello.token.encode(), self._token.encode()):
             raise Unauthenticated(f"{hello.host or 'a member'} has no valid token for this cluster")
         check_version(hello.version, whose="the worker" if hello.worker else "the shard")
+        known = self.contacts.get(hello.id)
+        if known is not None and known.evicted is not None:
+            raise known.evicted
         if (hello.worker is None) == (hello.shard is None) or not 8 <= len(hello.id) <= 64:
             raise InvalidRequest("a hello has an id and is that of a worker or of a shard")
         if hello.shard and hello.id not in self.contacts:
@@ -212,8 +346,11 @@ class Coordinator:
         if membership is None:
             if len(self.jobs) >= JOBS_MAX:
                 raise Overloaded(f"the cluster has {JOBS_MAX} jobs, the most that are allowed")
-            entry = new_entry(worker, self._promised.get(worker.job, 0), self.slice_bytes)
-            membership = self.jobs[worker.job] = Membership(entry, self.id)
+            entry, stored = begin_job(
+                worker, self.checkpoints, self._promised.get(worker.job, 0), self.slice_bytes
+            )
+            membership = Membership(entry, self.id, self.checkpoints, stored)
+            self.jobs[worker.job] = membership
         elif check_join(membership, worker):
             membership.restart(new_spec(worker, self.slice_bytes))
             text = f"job {worker.job!r} begins anew, as worker {hello.id} asked"
@@ -225,12 +362,15 @@ class Coordinator:
         self, member: str, contact: Contact, renewal: Renewal, now: float
     ) -> list[Instruction]:
         contact.draining = renewal.draining
+        contact.broken_links = frozenset(renewal.broken_links[:LINKS_MAX])
         if contact.hello.shard is not None:
             contact.holdings = {holding.job: holding for holding in renewal.holdings}
         instructions: list[Instruction] = []
         for standing in renewal.standings:
             membership = self.jobs.get(standing.job)
-            if membership is not None:
+            if membership is not None and self._is_foreign(standing, membership):
+                instructions += self._overtaken(member, membership, standing.generation)
+            elif membership is not None:
                 self._revive(member, contact, standing, membership)
                 instructions += membership.renewed(member, standing, now)
             elif contact.hello.shard is not None:
@@ -249,6 +389,46 @@ class Coordinator:
         if same_model and membership.phase is not Phase.LOST:
             membership.join(member, offer_of(worker))
 
+    def _is_foreign(self, standing: Standing, membership: Membership) -> bool:
+        """Whether a member stands in a generation that is none of ours, though nobody else writes.
+
+        Before the first write of a job, what its members have promised is gone above.
+        """
+        written = membership.written and not membership.writing
+        return bool(self._alone and written and standing.generation > membership.entry.generation)
+
+    def _is_shard(self, member: str) -> bool:
+        return self.contacts[member].job is None
+
+    def _strike(self, summary: StepSummary, now: float) -> list[Instruction]:
+        """Tells of gradients that are not finite, and evicts whose are so again and again."""
+        lineage = self.jobs[summary.job].entry.lineage
+        verdict = self._strikes.take(summary, lineage.number if lineage else 0)
+        instructions: list[Instruction] = [*verdict.told]
+        for worker, error in verdict.out.items():
+            if worker in self.contacts and self.contacts[worker].job == summary.job:
+                instructions += self.evict(worker, error, now)
+        return instructions
+
+    def _evict_unreachable(self, around: Surroundings, now: float) -> list[Instruction]:
+        """Has one member go where two that live cannot reach each other (C9)."""
+        living = {
+            member: contact.job is not None
+            for member, contact in self.contacts.items()
+            if member not in around.dead
+        }
+        reports = {member: self.contacts[member].broken_links for member in living}
+        chosen = links.to_evict(reports, living)
+        if chosen is None:
+            return []
+        member, count = chosen
+        error = links.reason(member, count, self.settings.lease_s)
+        return self.evict(member, error, now)
+
+    def _registry_notice(self, worker: str, job: str) -> Tell:
+        text = f"changes of membership wait until the registry is back: {self.registry_error}"
+        return Tell(worker, Notice(job=job, text=text))
+
     def _surroundings(self, now: float) -> Surroundings:
         dead = self.leases.dead(now)
         wait_s = self.settings.replace_after_s
@@ -261,6 +441,13 @@ class Coordinator:
             dead=dead,
             given_up=frozenset(
                 member for member in dead if self.leases.dead_since_s(member, now) >= wait_s
+            ),
+            silent=frozenset(
+                member
+                for member in dead
+                if (contact := self.contacts.get(member)) is not None
+                and contact.attached
+                and contact.evicted is None
             ),
             min_shards=self.min_shards,
         )
@@ -278,4 +465,4 @@ class Coordinator:
 def refusal(hello: Hello, error: AdashardError) -> Bye:
     """What a member is told whose hello was refused."""
     job = hello.worker.job if hello.worker else ""
-    return Bye(job=job, generation=2**31 - 1, error=error.info())
+    return Bye(job=job, generation=FOREVER, error=error.info())

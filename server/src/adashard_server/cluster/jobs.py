@@ -10,9 +10,11 @@ from adashard.wire.errors import InvalidRequest, JobExists, JobLost, ModelMismat
 from adashard.wire.messages import Entry
 from adashard.wire.placement import CLUSTER_DEFAULT, WORKERS_MAX, first_difference, validate_spec
 from adashard.wire.spec import JobSpec
+from adashard_server.cluster.checkpoints import Checkpoint, Checkpoints
 from adashard_server.cluster.membership import FRESH, Membership, Phase, Start
 
 JOBS_MAX = 1000
+SHARDS_MAX = 256
 JOB_NAME_MAX = 128
 _FINGERPRINT = re.compile("[0-9a-f]{64}")
 
@@ -61,6 +63,56 @@ def new_entry(hello: WorkerHello, generation: int, slice_bytes: int) -> Entry:
     check_name(hello.job)
     spec = new_spec(hello, slice_bytes)
     return Entry(job=hello.job, generation=generation, author="", spec=spec)
+
+
+def begin_job(
+    hello: WorkerHello, checkpoints: Checkpoints, promised: int, slice_bytes: int
+) -> tuple[Entry, Checkpoint | None]:
+    """A job that is not here yet, and the checkpoint that it begins from, if it is to resume.
+
+    Args:
+        hello: the first worker's.
+        checkpoints: those of the cluster.
+        promised: the highest generation that any member has promised for a job of this name.
+        slice_bytes: the cluster's default.
+
+    Raises:
+        AdashardError: as `new_entry` and `resumed_entry`.
+    """
+    generation = max(promised, checkpoints.generation(hello.job))
+    anew = hello.on_existing is OnExisting.REPLACE
+    stored = None if anew else checkpoints.resumable(hello.job)
+    if stored is None:
+        return new_entry(hello, generation, slice_bytes), None
+    return resumed_entry(hello, stored, generation), stored
+
+
+def resumed_entry(hello: WorkerHello, checkpoint: Checkpoint, generation: int) -> Entry:
+    """The entry of a job that begins from a checkpoint, before its first generation.
+
+    Args:
+        hello: the first worker's; it says how many are needed.
+        checkpoint: it brings the model and its `slice_bytes`.
+        generation: the highest that any member or checkpoint of the job has seen.
+
+    Raises:
+        ModelMismatch: the worker has another model; with the first difference.
+        JobExists: the worker does not want an existing job, or has loaded a state of its own.
+    """
+    job = hello.job
+    where = f"job {job!r} resumes from checkpoint {checkpoint.name}"
+    if hello.on_existing is OnExisting.ERROR or offer_of(hello) != FRESH:
+        raise JobExists(
+            f"{where}, and the worker brings a state of its own, or wants a new job",
+            remedy="Join it without load_state_dict(), begin it anew with on_existing='replace', "
+            "or choose another job=.",
+            job=job,
+        )
+    if difference := first_difference(hello.spec, checkpoint.spec):
+        raise ModelMismatch(f"{where}, which is of another model: {difference}", job=job)
+    spec = replace(checkpoint.spec, min_workers=hello.spec.min_workers)
+    validate_spec(spec)
+    return Entry(job=job, generation=generation, author="", spec=spec)
 
 
 def offer_of(hello: WorkerHello) -> Start:

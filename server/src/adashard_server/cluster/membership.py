@@ -13,7 +13,7 @@ half of the protocol (docs/protocol.md, rules G and C); leases come in as "these
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from adashard.wire.control import (
@@ -32,9 +32,17 @@ from adashard.wire.messages import Entry, Lineage, Member, Plan
 from adashard.wire.placement import cut
 from adashard.wire.spec import JobSpec
 from adashard_server.cluster.instructions import Announce, HangUp, Instruction, StepDown, Swap, Tell
-from adashard_server.cluster.planner import place
-from adashard_server.cluster.recovery import Lost, reconcile
-from adashard_server.cluster.registry import ABSENT
+from adashard_server.cluster.recovery import CHECKPOINT, Archive, Lost, Stored, reconcile
+from adashard_server.cluster.succession import (
+    Surroundings,
+    next_placement,
+    next_shards,
+    next_workers,
+    waits_for_beginners,
+    waits_for_holder,
+    waits_for_shards,
+)
+from adashard_server.cluster.writes import Writes
 
 REPEAT_S = 1.0  # after which an unanswered freeze, plan or open is sent again
 
@@ -49,23 +57,6 @@ class Phase(enum.Enum):
     MARKING = "marking"
     OPEN = "open"
     LOST = "lost"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
-    """What a job sees of the cluster at one moment.
-
-    Attributes:
-        shards: ids and addresses of the shards that take slices, in the order they joined.
-        dead: members of any kind whose lease has ended.
-        given_up: dead shards that are not waited for any longer.
-        min_shards: shards that the first generation needs.
-    """
-
-    shards: Mapping[str, str]
-    dead: frozenset[str] = frozenset()
-    given_up: frozenset[str] = frozenset()
-    min_shards: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +82,22 @@ class Membership:
     Attributes:
         entry: what the registry holds, as far as known.
         author: the coordinator's id, new at every start.
+        archive: the checkpoints that there are; None where none are kept.
+        stored: the checkpoint that the next lineage begins from; None for a worker's weights.
     """
 
     entry: Entry
     author: str
+    archive: Archive | None = None
+    stored: Stored | None = None
     phase: Phase = Phase.IDLE
     joiners: list[str] = field(default_factory=list)
     versions: dict[str, int] = field(default_factory=dict)
     reason: str = ""
-    _pending: Entry | None = None
-    _writes: int = 0
+    _writes: Writes = field(init=False)
     _wanted: bool = False  # a change without a new or dead member: a leave, or a restart
+    _filled: set[str] = field(default_factory=set)  # shards that have had all their slices
+    _void: bool = False  # the plan counts on a copy that its holder has found to be changed
     _offers: dict[str, Start] = field(default_factory=dict)  # of workers that have loaded a state
     _leaving: set[str] = field(default_factory=set)
     _gone: set[str] = field(default_factory=set)
@@ -112,6 +108,9 @@ class Membership:
     _repeat_at: float = 0.0
     _said: str = ""
 
+    def __post_init__(self) -> None:
+        self._writes = Writes(self.author, self.entry)
+
     # --- who comes and goes ---------------------------------------------------------------------
 
     @property
@@ -120,6 +119,11 @@ class Membership:
         shards = {shard.id for shard in self.entry.shards}
         told = [version for member, version in self.versions.items() if member in shards]
         return max([*told, self._plan.base if self._plan else -1])
+
+    @property
+    def written(self) -> bool:
+        """Whether its coordinator has written anything of it, or is about to."""
+        return self._writes.begun
 
     @property
     def writing(self) -> bool:
@@ -158,13 +162,25 @@ class Membership:
         if worker not in self.worker_ids():
             self.joiners.append(worker)
 
+    def adopt(self, entry: Entry) -> None:
+        """Goes on from an entry that a member has kept, and that is newer than what was read.
+
+        To be called before anything is written; the first write expects what was read. Workers
+        that have joined what was taken for a new job have to join again.
+        """
+        self.entry = replace(entry, author="")
+        self.joiners.clear()
+        self._offers.clear()
+        self._wanted = True
+
     def ask_for_change(self) -> None:
         """Has the next generation made although nobody came or went."""
         self._wanted = True
 
     def pending(self) -> tuple[Member, ...]:
         """Members of a generation that is being written."""
-        return (*self._pending.workers, *self._pending.shards) if self._pending else ()
+        pending = self._writes.pending
+        return (*pending.workers, *pending.shards) if pending else ()
 
     def restart(self, spec: JobSpec) -> None:
         """Begins the job anew with `spec`: the next generation starts a lineage of its own.
@@ -175,6 +191,7 @@ class Membership:
             self.entry, spec=spec, workers=(), shards=(), placement=(), lineage=None, opened=False
         )
         self.phase, self._plan, self._wanted, self.reason = Phase.IDLE, None, True, ""
+        self.stored = None
         self.joiners.clear()
         self.versions.clear()
         self._offers.clear()
@@ -225,10 +242,12 @@ class Membership:
 
     def swapped(self, done: bool, stored: Entry | None, now: float) -> list[Instruction]:
         """The registry has answered, possibly after a lost answer: `stored` is what it holds."""
-        assert self._pending is not None
-        pending, self._pending = self._pending, None
-        if not done and (stored is None or stored.author != pending.author):
-            return [StepDown(f"job {pending.job!r} was written by another coordinator")]
+        pending = self._writes.answered(done, stored)
+        if pending is None:
+            return [StepDown(f"job {self.entry.job!r} was written by another coordinator")]
+        if isinstance(pending, Swap):
+            text = f"the registry has lost generation {self.entry.generation}: it is written again"
+            return [Announce(self.entry.job, "registry_lost", text), pending]
         marking, self.entry = self.phase is Phase.MARKING, pending
         if marking:
             assert self._plan is not None
@@ -245,9 +264,22 @@ class Membership:
             *self._unanswered(),
         ]
 
+    def looked_up(self, stored: Entry | None) -> list[Instruction]:
+        """What the registry holds while nothing is being written: ours, unless we were replaced."""
+        known = self.entry
+        if self.writing or stored is None or stored.generation < known.generation:
+            return []
+        if known.author and (stored.generation, stored.author) != (known.generation, known.author):
+            return [StepDown(f"job {known.job!r} was written by another coordinator")]
+        return []
+
     def frozen(self, member: str, answer: Frozen, now: float) -> list[Instruction]:
         """A member has promised the generation and said what it holds."""
-        if self.phase is not Phase.FREEZING or answer.generation != self.entry.generation:
+        if answer.generation != self.entry.generation:
+            return []
+        if self.phase is Phase.PLANNING:
+            self._void |= set(answer.slices) < set(self._answers[member].slices)
+        if self.phase is not Phase.FREEZING:
             return []
         if member in {one.id for one in self.members}:
             self._answers[member] = answer
@@ -279,64 +311,63 @@ class Membership:
         return any(shard.id == member for shard in self.entry.shards)
 
     def _must_change(self, around: Surroundings) -> bool:
-        if any(member.id in around.dead for member in self.members):
+        if self._void or any(member.id in around.dead for member in self.members):
             return True
         settled = self.phase in (Phase.IDLE, Phase.OPEN)
         return settled and bool(self.joiners or self._wanted)
 
     def _blocked(self, around: Surroundings) -> str:
         """Why no generation can be made yet; empty if one can."""
-        lineage, spec = self.entry.lineage, self.entry.spec
-        waiting = [shard.id for shard in self.entry.shards if shard.id in around.dead]
-        if any(shard not in around.given_up for shard in waiting):
-            return f"shard {waiting[0]} is silent: waiting for it"
-        if not around.shards and not waiting:
-            return "no shard is there"
-        if lineage is not None:
-            return ""
-        if len(around.shards) < around.min_shards:
-            return (
-                f"the first step needs {around.min_shards} shards; {len(around.shards)} are there"
-            )
-        live = sum(not worker.leaving for worker in self._live_workers(around))
-        if live < spec.min_workers:
-            return f"the first step needs {spec.min_workers} workers; {live} are there"
-        return ""
+        waits = waits_for_shards(self.entry, around)
+        workers = self._next_workers(around)
+        waits = waits or waits_for_beginners(self.entry, around, workers)
+        if not waits and self.entry.lineage is None and not self._origins(workers):
+            waits = "no worker has its initial weights any more: waiting for one to join"
+        rebuilt = any(
+            shard.id in around.dead or shard.id not in self._filled for shard in self.entry.shards
+        )
+        if not waits and rebuilt and self.entry.opened:
+            waits = waits_for_holder(self.entry, around, self.versions)
+        return waits
 
-    def _live_workers(self, around: Surroundings) -> list[Member]:
-        """Workers of the next generation, in rank order."""
-        staying = [
-            replace(worker, leaving=worker.id in self._leaving)
-            for worker in self.entry.workers
-            if worker.id not in around.dead and worker.id not in self._gone
-        ]
-        first = self.entry.next_rank
-        new = [Member(id=joiner, rank=first + n) for n, joiner in enumerate(self.joiners)]
-        return staying + new
+    def _next_workers(self, around: Surroundings) -> list[Member]:
+        return next_workers(
+            self.entry,
+            around,
+            joiners=self.joiners,
+            leaving=self._leaving,
+            gone=self._gone,
+        )
 
     def _change(self, around: Surroundings) -> list[Instruction]:
         """The next generation, to be compared and set."""
-        workers = self._live_workers(around)
-        shards = self._next_shards(around)
-        if not shards:
-            return self._lose("all shards of the job are gone")
+        followed = next_shards(self.entry, around)
         entry = replace(
             self.entry,
             generation=self.entry.generation + 1,
-            workers=tuple(workers),
-            shards=tuple(shards),
-            placement=self._placement(shards),
+            workers=tuple(self._next_workers(around)),
+            shards=tuple(shard for _, shard in followed),
+            placement=next_placement(self.entry, followed),
             next_rank=self.entry.next_rank + len(self.joiners),
         )
         if entry.lineage is None:
-            entry = replace(entry, lineage=self._new_lineage(entry))
-        self.phase, self._wanted, self._said = Phase.SWAPPING, False, ""
+            entry = replace(entry, lineage=self._new_lineage(entry), opened=False)
+        self.phase, self._wanted, self._void, self._said = Phase.SWAPPING, False, False, ""
         return [self._write(entry)]
 
     def _new_lineage(self, entry: Entry) -> Lineage:
-        """Begins with the lowest rank (C7), of those that have loaded a state if any has."""
-        staying = [worker.id for worker in entry.workers if not worker.leaving]
-        origin = next((worker for worker in staying if worker in self._offers), staying[0])
+        """Begins with a checkpoint if there is one to begin with, else with a worker's weights.
+
+        This is the worker of lowest rank (C7), of those that have loaded a state if any has.
+        """
+        if self.stored is not None:
+            return Lineage(
+                number=entry.generation,
+                origin="",
+                base_version=self.stored.version,
+                checkpoint=self.stored.name,
+            )
+        origin = self._origins(entry.workers)[0]
         offer = self._offers.get(origin, FRESH)
         return Lineage(
             number=entry.generation,
@@ -345,47 +376,58 @@ class Membership:
             fingerprint=offer.fingerprint,
         )
 
-    def _next_shards(self, around: Surroundings) -> list[Member]:
-        """Shards of the next generation: those of the job that live, or all for a new job."""
-        alive = [shard for shard in self.entry.shards if shard.id not in around.dead]
-        if self.entry.lineage is not None and self.entry.shards:
-            return alive
-        return [Member(id=shard, address=address) for shard, address in around.shards.items()]
+    def _origins(self, workers: Iterable[Member]) -> list[str]:
+        """Who can supply a lineage's first version: the best first; a checkpoint needs nobody.
 
-    def _placement(self, shards: list[Member]) -> tuple[int, ...]:
-        ids = [shard.id for shard in shards]
-        before = {
-            index: self.entry.shards[owner].id for index, owner in enumerate(self.entry.placement)
-        }
-        return place(cut(self.entry.spec), ids, previous=before)
+        Whoever has said at a freeze that its weights are no longer its initial ones cannot.
+        """
+        if self.stored is not None:
+            return [CHECKPOINT]
+        fresh = [
+            worker.id
+            for worker in workers
+            if not worker.leaving
+            and ((answer := self._answers.get(worker.id)) is None or answer.fresh)
+        ]
+        return sorted(fresh, key=lambda worker: worker not in self._offers)
 
     def _write(self, entry: Entry) -> Swap:
-        expected = (self.entry.generation, self.entry.author) if self.entry.author else ABSENT
-        self._writes += 1
-        self._pending = replace(entry, author=f"{self.author}/{self._writes}")
-        return Swap(self._pending, expected)
+        return self._writes.begin(entry)
 
     def _make_plan(self, now: float) -> list[Instruction]:
-        plan = reconcile(self.entry, self._answers)
+        lineage = self.entry.lineage
+        if lineage and lineage.checkpoint and self.stored is None and self.archive:
+            self.stored = self.archive.named(self.entry.job, lineage.checkpoint)
+        plan = reconcile(self.entry, self._answers, self.stored.record if self.stored else None)
         if isinstance(plan, Lost):
-            return self._lost_slice(plan)
+            piece = cut(self.entry.spec)[plan.slice_index]
+            name = self.entry.spec.parameters[piece.parameter].name
+            return self.restore(
+                f"nobody holds slice {plan.slice_index} ({name!r}) at step {plan.version} any more"
+            )
         self._plan, self.phase, self._repeat_at = plan, Phase.PLANNING, now + REPEAT_S
         return self._unanswered()
 
-    def _lost_slice(self, lost: Lost) -> list[Instruction]:
-        """State is gone (C5): a lineage never opened is chosen anew, otherwise the job stops.
+    def restore(self, why: str) -> list[Instruction]:
+        """State is gone (C5): the newest checkpoint begins a lineage, or the job stops.
 
-        The next worker that has its initial weights begins the job, be it there already or not.
+        A lineage that was never opened is only chosen anew: the next worker that has its initial
+        weights begins the job, be it there already or not.
+
+        Args:
+            why: what is gone.
         """
-        if not self.entry.opened:
-            self.entry = replace(self.entry, lineage=None)
-            self.phase, self._wanted = Phase.IDLE, True
+        job, lineage = self.entry.job, self.entry.lineage
+        found = self.archive.newest(job, lineage) if self.archive and lineage else None
+        begun = self.entry.opened or bool(lineage and lineage.checkpoint)
+        if begun and found is None:
+            return self._lose(why)
+        self.entry, self.stored = replace(self.entry, lineage=None), found
+        self.phase, self._wanted = Phase.IDLE, True
+        if found is None:
             return []
-        piece = cut(self.entry.spec)[lost.slice_index]
-        name = self.entry.spec.parameters[piece.parameter].name
-        return self._lose(
-            f"nobody holds slice {lost.slice_index} ({name!r}) at step {lost.version} any more"
-        )
+        text = f"{why}: going on from checkpoint {found.name}, at step {found.version}"
+        return [Announce(job, "restored", text, {"checkpoint": found.name})]
 
     def _lose(self, why: str) -> list[Instruction]:
         """The job stops, and says so to everybody."""
@@ -399,6 +441,8 @@ class Membership:
 
     def _go_open(self, now: float) -> list[Instruction]:
         self.phase, self._opened, self._repeat_at = Phase.OPEN, set(), now + REPEAT_S
+        self._filled = {shard.id for shard in self.entry.shards}
+        self.stored = None
         assert self._plan is not None
         text = f"generation {self.entry.generation} is open at step {self._plan.base}"
         return [Announce(self.entry.job, "open", text), *self._unanswered()]

@@ -1,12 +1,45 @@
-"""Where a generation begins: from the answers to a freeze to a plan (rule C4). Pure."""
+"""Where a generation begins: from the answers to a freeze to a plan (rules C4 and C5). Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from adashard.wire.control import Frozen
-from adashard.wire.messages import Entry, Plan, Record, Source
+from adashard.wire.messages import Entry, Lineage, Plan, Record, Source
+
+CHECKPOINT = ""
+"""Stands in a plan for the member that holds what a lineage's checkpoint supplies."""
+
+Versions = dict[int, dict[str, int]]
+"""By slice, the version that each holder has, or can have by itself."""
+
+
+class Stored(Protocol):
+    """What a lineage needs of the checkpoint that it begins from."""
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's, among those of its job."""
+
+    @property
+    def version(self) -> int:
+        """At which all its slices were cut."""
+
+    @property
+    def record(self) -> Record | None:
+        """That of its version; None where nothing had been stepped."""
+
+
+class Archive(Protocol):
+    """The checkpoints that there are, of all jobs."""
+
+    def newest(self, job: str, lineage: Lineage) -> Stored | None:
+        """The newest finite checkpoint of a lineage, else the one that the lineage came from."""
+
+    def named(self, job: str, name: str) -> Stored | None:
+        """One checkpoint; None if it is not there any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,35 +50,53 @@ class Lost:
     version: int
 
 
-def reconcile(entry: Entry, answers: Mapping[str, Frozen]) -> Plan | Lost:
+def reconcile(
+    entry: Entry, answers: Mapping[str, Frozen], record: Record | None = None
+) -> Plan | Lost:
     """The plan of `entry`'s generation.
 
     The base is the highest version that anybody holds of any slice. A shard's slice one version
     behind counts as at the base where it holds the full sums of that step: it applies the record
-    by itself. A slice that its shard lacks is copied from another shard, else from a worker.
+    by itself. A slice that its shard lacks is copied from another shard, else from a worker; each
+    from whoever has it at its highest version, as no one may have all. A slice that nobody has at
+    the base takes the base step again, from the pushes of those who took part in it.
 
     Args:
         entry: membership and placement; its lineage names whose copies count.
         answers: of all members, by id.
+        record: that of the lineage's base version, where a checkpoint supplies it.
     """
-    assert entry.lineage is not None
+    lineage = entry.lineage
+    assert lineage is not None
     counted = {
-        member: answer
-        for member, answer in answers.items()
-        if answer.lineage == entry.lineage.number
+        member: answer for member, answer in answers.items() if answer.lineage == lineage.number
     }
-    base = max((max(a.versions, default=-1) for a in counted.values()), default=-1)
-    record = _record_of(base, counted)
-    holders = _holders(base, record, counted)
-    sources = []
+    held = [max(answer.versions, default=-1) for answer in counted.values()]
+    stored = lineage.base_version if lineage.checkpoint else -1
+    base = max(*held, stored) if held else stored
+    known = _record_of(base, counted) or (record if base == stored else None)
+    holders = _holders(base, known, counted)
+    if lineage.checkpoint:
+        for index in range(len(entry.placement)):
+            holders.setdefault(index, {})[CHECKPOINT] = stored
+    return _plan(entry, base, known, holders)
+
+
+def _plan(entry: Entry, base: int, record: Record | None, holders: Versions) -> Plan | Lost:
+    """Each slice's highest version, and where it comes from."""
+    order = [member.id for member in (*entry.shards, *entry.workers)] + [CHECKPOINT]
+    sources, behind = [], []
     for index, owner in enumerate(entry.placement):
         holding = holders.get(index, {})
-        if max(holding.values(), default=-1) < base or base < 0:
+        target = max(holding.values(), default=-1)
+        if target < 0 or target < base - 1 or (target < base and record is None):
             return Lost(slice_index=index, version=base)
-        placed = entry.shards[owner].id
-        if holding.get(placed, -1) < base:
-            sources.append(Source(slice=index, member=_source(entry, holding, base), version=base))
-    return Plan(entry=entry, base=base, record=record, sources=tuple(sources))
+        if target < base:
+            behind.append(index)
+        if holding.get(entry.shards[owner].id, -1) < target:
+            member = next(one for one in order if holding.get(one, -1) == target)
+            sources.append(Source(slice=index, member=member, version=target))
+    return Plan(entry=entry, base=base, record=record, sources=tuple(sources), behind=tuple(behind))
 
 
 def _record_of(base: int, answers: Mapping[str, Frozen]) -> Record | None:
@@ -56,11 +107,9 @@ def _record_of(base: int, answers: Mapping[str, Frozen]) -> Record | None:
     return None
 
 
-def _holders(
-    base: int, record: Record | None, answers: Mapping[str, Frozen]
-) -> dict[int, dict[str, int]]:
-    """By slice, the version that each holder has, or can have by itself."""
-    holders: dict[int, dict[str, int]] = {}
+def _holders(base: int, record: Record | None, answers: Mapping[str, Frozen]) -> Versions:
+    """Who holds what; a shard's full sums of the base step count as the step taken."""
+    holders: Versions = {}
     for member, answer in answers.items():
         finishable = {
             index
@@ -72,9 +121,3 @@ def _holders(
             reaches = base if version == base - 1 and index in finishable else version
             holders.setdefault(index, {})[member] = reaches
     return holders
-
-
-def _source(entry: Entry, holding: Mapping[str, int], base: int) -> str:
-    """Who uploads a slice: the first shard that has it at the base, else the first worker."""
-    members = [*entry.shards, *entry.workers]
-    return next(member.id for member in members if holding.get(member.id, -1) == base)

@@ -50,6 +50,9 @@ class CoordinatorView:
         shards = [shard for shard in self.shard_statistics() if shard.status == "live"]
         workers = self.worker_statistics()
         missing = self._coordinator.min_shards - len(shards)
+        not_ready = [f"{missing} more shards are needed"] if missing > 0 else []
+        if self._coordinator.registry_error:
+            not_ready.append(self._coordinator.registry_error)
         return ClusterStatistics(
             version=VERSION,
             address=self._address,
@@ -59,7 +62,7 @@ class CoordinatorView:
             min_shards=self._coordinator.min_shards,
             worker_count=len(workers),
             job_count=len(self._coordinator.jobs),
-            not_ready=(f"{missing} more shards are needed",) if missing > 0 else (),
+            not_ready=tuple(not_ready),
         )
 
     def shard_statistics(self) -> list[ShardStatistics]:

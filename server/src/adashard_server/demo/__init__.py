@@ -13,6 +13,8 @@ it. The workers are what a user's script would be: they know the client's public
 | `figures.py` | what REST says about the job |
 | `story.py` | what the workers have told, put together |
 | `report.py` | what the terminal shows: a live line, and a table at the end |
+| `chaos.py` | whom `--chaos` kills, and when |
+| `events.py` | what the coordinator tells of it |
 | `run.py` | all of it together |
 
 May import: adashard's public names and errors, `cluster_local`, torch, httpx and rich.

@@ -31,11 +31,13 @@ class Evaluated:
         step: steps that these weights have taken.
         bits_per_byte: mean over the bytes that were predicted.
         predicted_bytes: how many these are.
+        weights: the SHA-256 of these weights, in hexadecimal digits.
     """
 
     step: int
     bits_per_byte: float
     predicted_bytes: int
+    weights: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,6 +61,9 @@ class Summary:
         training_s: seconds from the first worker's first batch to its last weights.
         pushed_bytes: gradients that shards received.
         pulled_bytes: weights that shards sent.
+        push_count: steps of all workers together.
+        longest_s: seconds from one step's end to the next one's, where that was longest.
+        weights: SHA-256 of the last weights, in hexadecimal digits.
     """
 
     parameter_count: int
@@ -79,6 +82,9 @@ class Summary:
     training_s: float
     pushed_bytes: int
     pulled_bytes: int
+    push_count: int
+    longest_s: float
+    weights: str
 
 
 class Line(AbstractContextManager["Line"], Protocol):
@@ -179,14 +185,16 @@ def _rows(summary: Summary) -> list[tuple[str, str, str]]:
     held_out = f"{summary.predicted_bytes:,} bytes of {_count(summary.held_out_files, 'file')}"
     trained = f"{decimal(summary.training_bytes)} of {_count(summary.training_files, 'other file')}"
     rate = "-" if summary.steps_per_s is None else f"{summary.steps_per_s:.1f} steps/s"
-    pushes = summary.steps * summary.workers
+    pushes = summary.push_count
     return [
         ("held-out, before", f"{summary.bits_before:.2f} bits/byte", held_out),
         ("held-out, after", f"{summary.bits_after:.2f} bits/byte", f"trained on {trained}"),
         ("optimizer state", decimal(summary.state_bytes), _beside_adam(summary)),
         ("speed", rate, f"training took {summary.training_s:.0f} s"),
+        ("longest step", f"{summary.longest_s:.1f} s", "with all that it waited for"),
         ("pushed", decimal(summary.pushed_bytes), _each("gradients", summary.pushed_bytes, pushes)),
         ("pulled", decimal(summary.pulled_bytes), _each("weights", summary.pulled_bytes, pushes)),
+        ("weights", summary.weights[:16], "begin of their SHA-256"),
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -13,6 +13,8 @@ from rich.filesize import decimal
 
 from adashard.wire.errors import AdashardError
 from adashard_server.cluster_local import LocalCluster
+from adashard_server.demo.chaos import Chaos, Victim
+from adashard_server.demo.events import EventsReader
 from adashard_server.demo.figures import FiguresReader
 from adashard_server.demo.processes import Crew, WorkerFailed, worker_command
 from adashard_server.demo.progress import Began, Evaluated, Progress
@@ -33,6 +35,7 @@ def run_demo(
     workers: int = DEFAULT_WORKERS,
     shards: int = DEFAULT_SHARDS,
     seed: int = 0,
+    victims: Sequence[Victim] = (),
 ) -> int:
     """Trains a small Transformer through a cluster on this machine, and shows it on stdout.
 
@@ -44,6 +47,7 @@ def run_demo(
         workers: processes that train, at least 1; each has a core to itself, if there is one.
         shards: processes that hold weights and state, at least 1.
         seed: of the initial weights and of the batches.
+        victims: what is killed while it trains, in this order; for a worker, there must be others.
 
     Returns:
         The exit code: 0, 1 if something failed, 128 plus the number of a signal.
@@ -51,6 +55,8 @@ def run_demo(
     for name, number in {"steps": steps, "workers": workers, "shards": shards}.items():
         if number < 1:
             raise ValueError(f"{name}={number}: at least 1")
+    if victims.count(Victim.WORKER) >= workers:
+        raise ValueError(f"workers={workers}: one has to live on")
     console = Console()
     console.print("Starting a coordinator, shards and workers on this machine")
     try:
@@ -60,7 +66,7 @@ def run_demo(
                 Task(address=cluster.address, index=index, workers=workers, steps=steps, seed=seed)
                 for index in range(workers)
             ]
-            summary = _train(console, cluster.url, tasks, shards)
+            summary = _train(console, cluster, tasks, victims)
     except WorkerFailed as error:
         console.print(failure(error))
         return FAILED
@@ -86,24 +92,46 @@ class Interrupted(BaseException):
         super().__init__(f"signal {number}")
 
 
-def _train(console: Console, url: str, tasks: list[Task], shards: int) -> Summary:
-    """Runs the workers to their end.
+def _train(
+    console: Console, cluster: LocalCluster, tasks: list[Task], victims: Sequence[Victim]
+) -> Summary:
+    """Runs the workers to their end, or to the one that is meant for them.
 
     Raises:
         WorkerFailed: one of them did not get there.
     """
-    story = Story(tasks)
+    story, chaos = Story(tasks), Chaos(victims, tasks[0].steps)
     commands = [worker_command(task.arguments()) for task in tasks]
-    with FiguresReader(url, JOB) as reader, Crew(commands) as crew:
+    with (
+        FiguresReader(cluster.url, JOB) as reader,
+        EventsReader(cluster.url, JOB) as events,
+        Crew(commands) as crew,
+    ):
         with live_line(console, tasks[0].steps) as line:
             for told in crew.listen():
                 if told is not None:
                     story.add(*told)
                     _announce(console, *told)
+                for victim in chaos.due(story.step):
+                    console.print(f"step {story.step}: {_kill(victim, cluster, crew)}")
+                for event in events.heard():
+                    if victims:
+                        console.print(f"step {story.step}: {event}", markup=False)
                 status = story.status(reader.newest())
                 if status is not None:
                     line.show(status)
-        return story.summary(reader.after(tasks[0].steps), shards)
+        return story.summary(reader.after(tasks[0].steps), cluster.shard_count)
+
+
+def _kill(victim: Victim, cluster: LocalCluster, crew: Crew) -> str:
+    """Kills the one with the highest number, and says so."""
+    if victim is Victim.SHARD:
+        index = cluster.shard_count - 1
+        cluster.kill_shard(index)
+    else:
+        index = len(crew.workers) - 1
+        crew.workers[index].kill()
+    return f"{victim} {index} is killed (SIGKILL)"
 
 
 def _announce(console: Console, index: int, progress: Progress) -> None:

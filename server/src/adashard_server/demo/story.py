@@ -27,6 +27,8 @@ class Story:
         self._evaluated: dict[int, Evaluated] = {}
         self._first: Stepped | None = None
         self._last: Stepped | None = None
+        self._longest_s = 0.0
+        self._push_count = 0
 
     def add(self, index: int, progress: Progress) -> None:
         """Takes in what worker `index` has told."""
@@ -37,8 +39,14 @@ class Story:
                 self._evaluated[step] = progress
             case Stepped():
                 self._losses.append(progress.loss)
+                self._push_count += 1
                 if index == 0:
-                    self._first, self._last = self._first or progress, progress
+                    self._follow(progress)
+
+    @property
+    def step(self) -> int:
+        """Steps that the first worker has taken."""
+        return self._last.step if self._last else 0
 
     def status(self, figures: Figures | None) -> Status | None:
         """Where the training stands; None before the first step."""
@@ -75,7 +83,16 @@ class Story:
             training_s=self._last.elapsed_s,
             pushed_bytes=figures.pushed_bytes,
             pulled_bytes=figures.pulled_bytes,
+            push_count=self._push_count,
+            longest_s=self._longest_s,
+            weights=after.weights,
         )
+
+    def _follow(self, stepped: Stepped) -> None:
+        """Takes in a step of the worker that time is taken of."""
+        if self._last is not None:
+            self._longest_s = max(self._longest_s, stepped.elapsed_s - self._last.elapsed_s)
+        self._first, self._last = self._first or stepped, stepped
 
     def _steps_per_s(self) -> float | None:
         """Since the first step, which also waited for all workers to come."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -149,7 +150,16 @@ def _evaluated(model: Transformer, held_out: Tensor, *, step: int) -> Evaluated:
         step=step,
         bits_per_byte=model.bits_per_byte(held_out),
         predicted_bytes=held_out[:, 1:].numel(),
+        weights=_digest(model),
     )
+
+
+def _digest(model: Transformer) -> str:
+    """One name for all bits of the weights."""
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        found.update(parameter.detach().numpy().tobytes())
+    return found.hexdigest()
 
 
 if __name__ == "__main__":

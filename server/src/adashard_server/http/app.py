@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from fastapi import FastAPI
 
+from adashard.wire.errors import CheckpointUnwritable
 from adashard_server.cluster.statistics import ClusterView
 from adashard_server.http import problems
 from adashard_server.http.paths import EncodedSlashes
 from adashard_server.http.requests import RequestContext
-from adashard_server.http.routes import cluster, errors, events, health, jobs, site
-from adashard_server.http.sources import Sources
+from adashard_server.http.routes import checkpoints, cluster, errors, events, health, jobs, site
+from adashard_server.http.sources import Create, Sources
 from adashard_server.http.streams import Streams
 from adashard_server.telemetry.history import History
 from adashard_server.telemetry.metrics import Metrics
@@ -36,6 +37,8 @@ def create_app(
     metrics: Metrics,
     *,
     clock: Callable[[], float] = time.time,
+    create_checkpoint: Create | None = None,
+    token: str = "",
 ) -> FastAPI:
     """Build the app that shows a coordinator.
 
@@ -48,6 +51,8 @@ def create_app(
         history: the steps of its jobs.
         metrics: what Prometheus asks for.
         clock: seconds since 1970.
+        create_checkpoint: makes one of a job; None where none can be made.
+        token: the cluster's secret; empty for none.
     """
     app = FastAPI(
         title="adashard",
@@ -65,11 +70,17 @@ def create_app(
         metrics=metrics,
         clock=clock,
         streams=Streams(epoch=f"{int(clock() * 1000):x}"),
+        create_checkpoint=create_checkpoint or _no_directory,
+        token=token,
     )
-    for room in (cluster, jobs, events, health, errors):
+    for room in (cluster, jobs, checkpoints, events, health, errors):
         app.include_router(room.router)
     site.mount(app)
     problems.install(app)
     app.add_middleware(EncodedSlashes)
     app.add_middleware(RequestContext)
     return app
+
+
+async def _no_directory(job: str) -> Mapping[str, str]:
+    raise CheckpointUnwritable(f"there is no directory for a checkpoint of job {job!r}")

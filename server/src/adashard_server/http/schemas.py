@@ -91,6 +91,15 @@ class Cluster(Schema):
         )
 
 
+class CreatedCheckpoint(Schema):
+    """A checkpoint that has just been made."""
+
+    name: str = Field(description="Its name among those of the job.")
+    version: int = Field(description="Steps that its weights have taken.")
+    size_bytes: int = Field(description="Bytes of its files.")
+    stall_s: float = Field(description="Seconds that no step has waited longer than for it.")
+
+
 class Shard(Schema):
     """A shard, and what it holds over all jobs."""
 

@@ -13,8 +13,9 @@ import torch
 from adashard_server.optim.adafactor import Settings, new_state
 from adashard_server.optim.compiled import CompiledPasses
 from adashard_server.optim.factored import Axes
+from adashard_server.optim.layout import Layout
 from adashard_server.optim.rounding import rounded
-from adashard_server.optim.split import Layout, SliceStep
+from adashard_server.optim.split import SliceStep
 
 _AXES = Axes(0, 1)
 _WHOLE = (4, 4)
@@ -47,9 +48,11 @@ def _step(layout: Layout, settings: Settings) -> None:
     step = SliceStep(layout, settings, beta2=0.5, scale=1.0, passes=CompiledPasses)
     rows = layout.as_matrices(weight).view(-1, layout.matrices[2])
     measured = step.measure(gradient, state, CompiledPasses.square_sum(rows))
+    short = measured.short
     if layout.long is not None:
-        step.clamped(gradient, state, measured, measured.partial)
-    step.apply(weight, gradient, state, measured, measured.partial, rho=0.01)
+        short = step.short(state, measured.partial)
+        step.clamped(gradient, measured, short)
+    step.apply(weight, gradient, state, measured, measured.partial, short, rho=0.01)
 
 
 def _settings(beta1: float | None, eps1: float) -> Settings:

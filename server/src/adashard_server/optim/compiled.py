@@ -26,13 +26,13 @@ class CompiledPasses(Passes):
         gradient_BNM: Tensor,
         scale: float,
         row_BN: Tensor,
+        row_new_BN: Tensor,
+        squares_BM: Tensor,
+        ratios_BM: Tensor,
         *,
         beta2: float,
         eps1: float,
         bound: float,
-        row_new_BN: Tensor,
-        squares_BM: Tensor,
-        ratios_BM: Tensor,
     ) -> float:
         """See `Passes.rows_first`."""
         return float(
@@ -54,13 +54,13 @@ class CompiledPasses(Passes):
         gradient_BNM: Tensor,
         scale: float,
         column_BM: Tensor,
+        column_new_BM: Tensor,
+        squares_BN: Tensor,
+        ratios_BN: Tensor,
         *,
         beta2: float,
         eps1: float,
         bound: float,
-        column_new_BM: Tensor,
-        squares_BN: Tensor,
-        ratios_BN: Tensor,
     ) -> float:
         """See `Passes.columns_first`."""
         return float(

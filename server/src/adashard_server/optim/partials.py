@@ -3,21 +3,17 @@
 A parameter that is cut has three sums that no slice knows alone: of squared gradients along the
 cut axis (which make the short factor), of squares divided by the long factor (which make RMS(U)),
 and of squared weights (RMS(X)). Each slice gives its part; parts are added over one binary tree
-whose leaves are the slices in order. The tree is fixed by the number of slices, so the sums have
-the same bits whoever holds which slice.
+whose leaves are the slices in order (`adashard.wire.placement.merged`). The tree is fixed by the
+number of slices, so the sums have the same bits whoever holds which slice.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,31 +55,3 @@ def alone(weight_squared_sum: float, update_squared_sum: float) -> Partial:
         squares=nothing,
         ratios=nothing,
     )
-
-
-def merged(
-    parts: Iterable[tuple[int, int, T]], add: Callable[[T, T], T]
-) -> list[tuple[int, int, T]]:
-    """Adds up parts wherever two siblings of the tree are both there.
-
-    Args:
-        parts: (place, count, part) of subtrees: `count`, a power of two, slices from `place` on,
-            which is a multiple of it. Ascending, none twice.
-        add: of two siblings, the earlier first.
-
-    Returns:
-        The parts of the largest subtrees that are whole, in the same form: one of all slices if
-        all are there. The result's bits do not depend on how the parts were merged before.
-    """
-    found: list[tuple[int, int, T]] = []
-    for part in parts:
-        found.append(part)
-        while len(found) > 1 and _siblings(found[-2], found[-1]):
-            place, count, left = found[-2]
-            found[-2:] = [(place, 2 * count, add(left, found[-1][2]))]
-    return found
-
-
-def _siblings(left: tuple[int, int, T], right: tuple[int, int, T]) -> bool:
-    place, count, _ = left
-    return right[:2] == (place + count, count) and place % (2 * count) == 0

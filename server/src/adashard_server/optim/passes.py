@@ -35,26 +35,26 @@ class Passes:
         gradient_BNM: Tensor,
         scale: float,
         row_BN: Tensor,
+        row_new_BN: Tensor,
+        squares_BM: Tensor,
+        ratios_BM: Tensor,
         *,
         beta2: float,
         eps1: float,
         bound: float,
-        row_new_BN: Tensor,
-        squares_BM: Tensor,
-        ratios_BM: Tensor,
     ) -> float:
-        """Rows that are whole: new row means, and sums over these rows. Writes the last three.
+        """Rows that are whole: new row means, and sums over these rows. Writes three tensors.
 
         Args:
             gradient_BNM: as it came; not modified.
             scale: what makes it G.
             row_BN: R of the step before.
-            beta2: how much of it is kept.
-            eps1: added to squares; 0 where it is a lower bound instead.
-            bound: of squares.
-            row_new_BN: R.
+            row_new_BN: R; written, as are the next two.
             squares_BM: sum over rows of G^2, bounded.
             ratios_BM: sum over rows of G^2 / R as they are; 0 for rows where R is.
+            beta2: how much of the old R is kept.
+            eps1: added to squares; 0 where it is a lower bound instead.
+            bound: of squares.
 
         Returns:
             The sum of G^2, not bounded; NaN where an element is not finite.
@@ -75,13 +75,13 @@ class Passes:
         gradient_BNM: Tensor,
         scale: float,
         column_BM: Tensor,
+        column_new_BM: Tensor,
+        squares_BN: Tensor,
+        ratios_BN: Tensor,
         *,
         beta2: float,
         eps1: float,
         bound: float,
-        column_new_BM: Tensor,
-        squares_BN: Tensor,
-        ratios_BN: Tensor,
     ) -> float:
         """Columns that are whole: `rows_first` with rows and columns changed over."""
         scaled_BNM = gradient_BNM * scale

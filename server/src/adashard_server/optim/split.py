@@ -4,8 +4,9 @@
 between them, so that slices may lie anywhere:
 
     measure     one pass over the gradient: the long factor, and this slice's partial sums
-    (exchange)  partial sums of all slices of the parameter are added: `partials.merged`
-    apply       the short factor, RMS(U), RMS(X) from the sums; then one pass over the weight
+    (exchange)  partial sums of all slices of the parameter are added: `partials.Partial`
+    short       the short factor and RMS(U) from the sums, the same for all slices
+    apply       one pass over the weight
 
 The *long* factor is the one that lies along the cut axis: each slice has its part of it alone.
 The *short* factor is the same in all slices, and each has all of it. Where no factor lies along
@@ -18,7 +19,6 @@ docs/adafactor.md derives it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from adashard_server.optim import clipping, partials
 from adashard_server.optim.adafactor import Measures, Settings, State, weight_decay_scale
-from adashard_server.optim.factored import Axes
+from adashard_server.optim.layout import Factor, Layout
 from adashard_server.optim.partials import Partial
 from adashard_server.optim.passes import Passes
 
@@ -34,82 +34,24 @@ _F32_MAX = torch.finfo(torch.float32).max
 _CAP = 1.0 / torch.finfo(torch.float32).tiny  # of 1 / sqrt(V), so that it is finite
 
 
-class Layout:
-    """How a slice lies in its parameter. Immutable.
-
-    Args:
-        shape: of the slice.
-        whole: of the parameter.
-        axes: the factored axes; None where the second moment is not factored.
-        axis: the axis that is cut; None where the slice is the whole parameter.
+@dataclass(frozen=True, slots=True)
+class Short:
+    """The short factor after a step and what follows from it; not to be written to.
 
     Attributes:
-        long: the factor that lies along the cut, "row" or "column"; None where neither does.
-        matrices: (B, N, M) as the passes see the slice.
-        element_count: of the parameter.
+        means_BK: the factor, in the order of the passes.
+        mean_B: its mean for each matrix, which is that of the long factor too; float64.
+        inverse_BK: its part of 1 / sqrt(V).
+        may_cap: whether the lower bound of sqrt(V) may bind for an element of the parameter.
+        update_squared_sum: of U over the parameter; None where it is no product of factors, as
+            the bound may bind.
     """
 
-    def __init__(
-        self, shape: Sequence[int], whole: Sequence[int], axes: Axes | None, axis: int | None
-    ) -> None:
-        self.shape, self.whole, self.axes = tuple(shape), tuple(whole), axes
-        self.element_count = math.prod(whole)
-        self.long: str | None = None
-        self.matrices = (1, 1, math.prod(shape))
-        if axes is None:
-            return
-        if axis in axes:
-            self.long = "row" if axis == axes.row else "column"
-        batch = [at for at in range(len(self.shape)) if at not in axes]
-        self._order = (*batch, axes.row, axes.column)
-        longer = [at for at in self._order if self.shape[at] != 1]
-        self._in_order = longer == sorted(longer)
-        rows, columns = self.shape[axes.row], self.shape[axes.column]
-        self.matrices = (math.prod(self.shape[at] for at in batch), rows, columns)
-
-    @property
-    def cut_count(self) -> int:
-        """Length of the parameter along the axis that the long factor lies along."""
-        assert self.axes is not None
-        return self.whole[self.axes.row if self.long == "row" else self.axes.column]
-
-    def as_matrices(self, tensor: Tensor) -> Tensor:
-        """A tensor of the slice's shape as (B, N, M): a view, or a copy if it must be permuted."""
-        shaped = tensor.view(self.shape)
-        if self.axes is not None and not self._in_order:
-            shaped = shaped.permute(self._order).contiguous()
-        return shaped.view(self.matrices)
-
-    def restore(self, matrices: Tensor, tensor: Tensor) -> None:
-        """Writes (B, N, M) back into the tensor that it was made of, where it is a copy."""
-        if self.axes is not None and not self._in_order:
-            ordered = matrices.view([self.shape[at] for at in self._order])
-            back = [self._order.index(at) for at in range(len(self.shape))]
-            tensor.view(self.shape).copy_(ordered.permute(back))
-
-    def row_means(self, row: Tensor) -> Tensor:
-        """Row means in the state's shape as (B, N), which all but the order of axes has."""
-        return self._factor(row, dropped=1)
-
-    def column_means(self, column: Tensor) -> Tensor:
-        """Column means in the state's shape as (B, M)."""
-        return self._factor(column, dropped=0)
-
-    def restore_factor(self, means_BK: Tensor, factor: Tensor, *, row: bool) -> None:
-        """Writes (B, N) or (B, M) into the state's tensor."""
-        kept = self._kept(dropped=1 if row else 0)
-        ordered = means_BK.view([self.shape[at] for at in kept])
-        factor.copy_(ordered.permute([kept.index(at) for at in sorted(kept)]))
-
-    def _factor(self, factor: Tensor, *, dropped: int) -> Tensor:
-        kept = self._kept(dropped)
-        ordered = factor.permute([sorted(kept).index(at) for at in kept]).contiguous()
-        return ordered.view(self.matrices[0], self.matrices[2 - dropped])
-
-    def _kept(self, dropped: int) -> list[int]:
-        """Axes of a factor in the order of the passes; `dropped` is 1 for rows, 0 for columns."""
-        assert self.axes is not None
-        return [at for at in self._order if at != self.axes[dropped]]
+    means_BK: Tensor
+    mean_B: Tensor
+    inverse_BK: Tensor
+    may_cap: bool
+    update_squared_sum: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,30 +61,18 @@ class Measured:
     Attributes:
         gradient_squared_sum: of G; NaN where an element is not finite.
         partial: the slice's part of the sums over its parameter.
-        row: new row means (B, N), where they are complete.
-        column: new column means (B, M), where they are complete.
+        complete_BK: new means of the factor that is complete; None where there are no factors.
+        short: the other factor, where no exchange is needed for it.
     """
 
     gradient_squared_sum: float
     partial: Partial
-    row: Tensor | None = None
-    column: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Factors:
-    """The factored second moment after a step, and 1 / sqrt(V) as the product of two factors."""
-
-    row_BN: Tensor
-    column_BM: Tensor
-    mean_B: Tensor
-    inverse_row_BN: Tensor
-    inverse_column_BM: Tensor
-    may_cap: bool
+    complete_BK: Tensor | None = None
+    short: Short | None = None
 
 
 class SliceStep:
-    """One step of one slice: settings and scalars that `measure` and `apply` have in common.
+    """One step of one slice: settings and scalars that its halves have in common.
 
     Stateless but for its arguments; tensors that are passed in are the caller's.
 
@@ -182,9 +112,47 @@ class SliceStep:
         if self.layout.axes is None:
             return self._measure_full(gradient, state, weight_squared_sum)
         gradient_BNM = self.layout.as_matrices(gradient)
-        if self.layout.long == "column":
-            return self._measure_columns(gradient_BNM, state, weight_squared_sum)
-        return self._measure_rows(gradient_BNM, state, weight_squared_sum)
+        squared_sum, complete_BK, partial = self._first_pass(
+            gradient_BNM, state, weight_squared_sum
+        )
+        if self.layout.long is not None:
+            return Measured(squared_sum, partial, complete_BK)
+        short = self.short(state, partial)
+        update_squared_sum = short.update_squared_sum
+        if update_squared_sum is None:
+            update_squared_sum = self._capped_square_sum(gradient_BNM, complete_BK, short)
+        partial = partials.alone(weight_squared_sum, update_squared_sum)
+        return Measured(squared_sum, partial, complete_BK, short)
+
+    def _first_pass(
+        self, gradient_BNM: Tensor, state: State, weight_squared_sum: float
+    ) -> tuple[float, Tensor, Partial]:
+        """The sum of G^2, the factor that is complete, and the sums that make the other one."""
+        by_columns = self.layout.complete == "column"
+        first_pass = self.passes.columns_first if by_columns else self.passes.rows_first
+        old_BK = self._means(state, self.layout.complete)
+        new_BK = torch.empty_like(old_BK)
+        squares_BK = torch.empty_like(self._means(state, self.layout.short))
+        ratios_BK = torch.empty_like(squares_BK)
+        squared_sum = first_pass(
+            gradient_BNM,
+            self._scale,
+            old_BK,
+            new_BK,
+            squares_BK,
+            ratios_BK,
+            beta2=self._beta2,
+            eps1=self._added_eps1,
+            bound=self._bound,
+        )
+        partial = Partial(
+            weight_squared_sum=weight_squared_sum,
+            update_squared_sum=0.0,
+            least=self._least(new_BK),
+            squares=squares_BK.cpu(),
+            ratios=ratios_BK.cpu(),
+        )
+        return squared_sum, new_BK, partial
 
     def _measure_full(self, gradient: Tensor, state: State, weight_squared_sum: float) -> Measured:
         assert state.full is not None
@@ -200,143 +168,91 @@ class SliceStep:
         squared_sum = self.passes.square_sum(gradient.view(1, -1), self._scale)
         return Measured(squared_sum, partials.alone(weight_squared_sum, update_squared_sum))
 
-    def _measure_rows(
-        self, gradient_BNM: Tensor, state: State, weight_squared_sum: float
-    ) -> Measured:
-        assert state.row is not None
-        row_BN = self.layout.row_means(state.row)
-        new_BN = torch.empty_like(row_BN)
-        squares_BM = gradient_BNM.new_empty(gradient_BNM.shape[0], gradient_BNM.shape[2])
-        ratios_BM = torch.empty_like(squares_BM)
-        squared_sum = self.passes.rows_first(
-            gradient_BNM,
-            self._scale,
-            row_BN,
-            beta2=self._beta2,
-            eps1=self._added_eps1,
-            bound=self._bound,
-            row_new_BN=new_BN,
-            squares_BM=squares_BM,
-            ratios_BM=ratios_BM,
-        )
-        if self.layout.long == "row":
-            partial = _partial(weight_squared_sum, new_BN, squares_BM, ratios_BM)
-            return Measured(squared_sum, partial, row=new_BN)
-        factors = self._factors(new_BN, self._short(state, squares_BM))
-        update_squared_sum = (
-            self._capped_square_sum(gradient_BNM, factors)
-            if factors.may_cap
-            else self._bilinear(factors, ratios_BM)
-        )
-        partial = partials.alone(weight_squared_sum, update_squared_sum)
-        return Measured(squared_sum, partial, row=new_BN, column=factors.column_BM)
-
-    def _measure_columns(
-        self, gradient_BNM: Tensor, state: State, weight_squared_sum: float
-    ) -> Measured:
-        assert state.column is not None
-        column_BM = self.layout.column_means(state.column)
-        new_BM = torch.empty_like(column_BM)
-        squares_BN = gradient_BNM.new_empty(gradient_BNM.shape[:2])
-        ratios_BN = torch.empty_like(squares_BN)
-        squared_sum = self.passes.columns_first(
-            gradient_BNM,
-            self._scale,
-            column_BM,
-            beta2=self._beta2,
-            eps1=self._added_eps1,
-            bound=self._bound,
-            column_new_BM=new_BM,
-            squares_BN=squares_BN,
-            ratios_BN=ratios_BN,
-        )
-        partial = _partial(weight_squared_sum, new_BM, squares_BN, ratios_BN)
-        return Measured(squared_sum, partial, column=new_BM)
-
-    def clamped(self, gradient: Tensor, state: State, measured: Measured, total: Partial) -> float:
+    def clamped(self, gradient: Tensor, measured: Measured, short: Short) -> float:
         """Sum of U^2 over the slice where the lower bound of V may bind; 0 where it cannot.
 
         Only for slices with a long factor and eps1 as a bound, which the bilinear form of RMS(U)
         leaves out; all slices of a parameter come to the same answer whether it may bind.
         """
-        factors = self._combined(state, measured, total)
-        if not factors.may_cap:
+        if not short.may_cap:
             return 0.0
-        return self._capped_square_sum(self.layout.as_matrices(gradient), factors)
+        assert measured.complete_BK is not None
+        gradient_BNM = self.layout.as_matrices(gradient)
+        return self._capped_square_sum(gradient_BNM, measured.complete_BK, short)
+
+    def _capped_square_sum(self, gradient_BNM: Tensor, complete_BK: Tensor, short: Short) -> float:
+        row_BN, column_BM = self._inverse_roots(complete_BK, short)
+        return self.passes.capped_square_sum(
+            gradient_BNM, self._scale, row_BN, column_BM, self._cap(short)
+        )
 
     # --- between the passes ---------------------------------------------------------------------
 
-    def _short(self, state: State, squares_BK: Tensor) -> Tensor:
-        """The short factor after the step, from sums of squares over the whole parameter."""
-        if self.layout.long == "column":
-            assert state.row is not None
-            old_BK = self.layout.row_means(state.row)
-            count = self.layout.cut_count
-        else:
-            assert state.column is not None
-            old_BK = self.layout.column_means(state.column)
-            count = self.layout.cut_count if self.layout.long else self.layout.matrices[1]
-        new_BK = torch.empty_like(old_BK)
-        squares_BK = squares_BK.view(old_BK.shape).to(old_BK.device)
-        self.passes.decay(
-            old_BK, squares_BK, beta2=self._beta2, count=count, eps1=self._added_eps1, out=new_BK
-        )
-        return new_BK
+    def short(self, state: State, total: Partial) -> Short:
+        """The short factor after the step, the same whichever slice of the parameter is asked.
 
-    def _combined(self, state: State, measured: Measured, total: Partial) -> _Factors:
-        """Both factors after the step; the short one from the sums over the whole parameter."""
-        if self.layout.long is None:
-            assert measured.row is not None
-            assert measured.column is not None
-            return self._factors(measured.row, measured.column)
-        short_BK = self._short(state, total.squares)
-        row_BN = short_BK if measured.row is None else measured.row
-        column_BM = short_BK if measured.column is None else measured.column
-        return self._factors(row_BN, column_BM, least=total.least)
-
-    def _factors(self, row_BN: Tensor, column_BM: Tensor, least: float | None = None) -> _Factors:
-        """Row and column factor of 1 / sqrt(V) = sqrt(mean / (R C)).
-
-        The mean over R equals that over C. It is taken over the short factor, which is the same
-        in all slices.
+        Args:
+            state: of the step before.
+            total: sum of the partials of all slices of the parameter.
         """
-        short_BK = row_BN if self.layout.long == "column" else column_BM
-        long_BK = column_BM if self.layout.long == "column" else row_BN
-        mean_B = self.passes.means(short_BK, self._floor)
-        ones_B = torch.ones_like(mean_B)
-        least = _least(long_BK) if least is None else least
-        return _Factors(
-            row_BN=row_BN,
-            column_BM=column_BM,
-            mean_B=mean_B,
-            inverse_row_BN=self.passes.inverse_roots(row_BN, mean_B),
-            inverse_column_BM=self.passes.inverse_roots(column_BM, ones_B),
-            may_cap=self._may_cap(least * _least(short_BK), mean_B),
+        old_BK = self._means(state, self.layout.short)
+        new_BK = torch.empty_like(old_BK)
+        squares_BK = total.squares.view(old_BK.shape).to(old_BK.device)
+        self.passes.decay(
+            old_BK,
+            squares_BK,
+            beta2=self._beta2,
+            count=self.layout.count,
+            eps1=self._added_eps1,
+            out=new_BK,
         )
+        mean_B = self.passes.means(new_BK, self._floor)
+        may_cap = self._may_cap(total.least * self._least(new_BK), mean_B)
+        return Short(
+            means_BK=new_BK,
+            mean_B=mean_B,
+            inverse_BK=self._inverse_root(new_BK, self.layout.short, mean_B),
+            may_cap=may_cap,
+            update_squared_sum=None if may_cap else self._bilinear(total, new_BK, mean_B),
+        )
+
+    def _bilinear(self, total: Partial, short_BK: Tensor, mean_B: Tensor) -> float:
+        """Sum of U^2 = mean * sum of (sum of G^2 / long) / short, where no bound binds."""
+        ratios_BK = total.ratios.view(short_BK.shape).to(short_BK.device)
+        return self.passes.quotient_sum(ratios_BK, short_BK, mean_B)
 
     def _may_cap(self, least: float, mean_B: Tensor) -> bool:
         """Whether the lower bound of sqrt(V) may bind: `least` is R C at least, V that / mean."""
-        largest = max(mean_B.tolist(), default=0.0)
-        return self.settings.clamp_eps and least < self._floor**2 * largest
+        if not self.settings.clamp_eps:
+            return False
+        return least < self._floor**2 * max(mean_B.tolist(), default=0.0)
 
-    def _bilinear(self, factors: _Factors, ratios_BK: Tensor) -> float:
-        """Sum of U^2 = mean * sum of (sum of G^2 / long) / short, where no bound binds."""
-        short_BK = factors.row_BN if self.layout.long == "column" else factors.column_BM
-        ratios_BK = ratios_BK.view(short_BK.shape).to(short_BK.device)
-        return self.passes.quotient_sum(ratios_BK, short_BK, factors.mean_B)
+    def _least(self, moment: Tensor) -> float:
+        """The least element, where it is asked for: if eps1 is a bound; infinite for none."""
+        asked_for = self.settings.clamp_eps and moment.numel()
+        return float(moment.min()) if asked_for else math.inf
 
-    def _capped_square_sum(self, gradient_BNM: Tensor, factors: _Factors) -> float:
-        return self.passes.capped_square_sum(
-            gradient_BNM,
-            self._scale,
-            factors.inverse_row_BN,
-            factors.inverse_column_BM,
-            self._cap(factors),
-        )
+    def _inverse_roots(self, complete_BK: Tensor, short: Short) -> tuple[Tensor, Tensor]:
+        """Row and column factor of 1 / sqrt(V) = sqrt(mean / (R C))."""
+        inverse_BK = self._inverse_root(complete_BK, self.layout.complete, short.mean_B)
+        if self.layout.complete == "column":
+            return short.inverse_BK, inverse_BK
+        return inverse_BK, short.inverse_BK
 
-    def _cap(self, factors: _Factors) -> float:
+    def _inverse_root(self, means_BK: Tensor, factor: Factor, mean_B: Tensor) -> Tensor:
+        """A factor's part of it; the mean over R, which equals that over C, goes to the rows'."""
+        numerators_B = mean_B if factor == "row" else torch.ones_like(mean_B)
+        return self.passes.inverse_roots(means_BK, numerators_B)
+
+    def _cap(self, short: Short) -> float:
         """Upper bound of 1 / sqrt(V)."""
-        return 1.0 / self._floor if factors.may_cap else _CAP
+        return 1.0 / self._floor if short.may_cap else _CAP
+
+    def _means(self, state: State, factor: Factor) -> Tensor:
+        """A factor of the step before, as the passes see it."""
+        tensor = state.row if factor == "row" else state.column
+        assert tensor is not None
+        return self.layout.as_means(tensor, factor)
 
     # --- the second pass ------------------------------------------------------------------------
 
@@ -347,6 +263,7 @@ class SliceStep:
         state: State,
         measured: Measured,
         total: Partial,
+        short: Short | None,
         *,
         rho: float,
     ) -> tuple[Measures, float]:
@@ -358,33 +275,35 @@ class SliceStep:
             state: of the step before; becomes that of this one.
             measured: what `measure` found with the same gradient, state and settings.
             total: sum of the partials of all slices of the parameter.
+            short: what `short` made of it, or `measured` has; None where there are no factors.
             rho: relative step size, or learning rate.
 
         Returns:
             What the step did to the whole parameter, and the slice's sum of X^2 after it.
         """
-        alpha = rho
-        if self.settings.scale_parameter:
-            rms = clipping.root_mean_square(total.weight_squared_sum, self.layout.element_count)
-            alpha = max(self.settings.eps2, rms) * rho
-        if self.layout.axes is None:
-            measures = self._measures(total.update_squared_sum, alpha)
+        measures = self._measures(total, short, rho)
+        if short is None:
             return measures, self._apply_full(weight, gradient, state, measures)
-        factors = self._combined(state, measured, total)
+        assert measured.complete_BK is not None
+        squared_sum = self._apply_factored(
+            weight, gradient, state.momentum, measured.complete_BK, short, measures
+        )
+        self._keep_factor(state, self.layout.complete, measured.complete_BK)
+        self._keep_factor(state, self.layout.short, short.means_BK)
+        return measures, squared_sum
+
+    def _measures(self, total: Partial, short: Short | None, rho: float) -> Measures:
+        settings, count = self.settings, self.layout.element_count
+        alpha = rho
+        if settings.scale_parameter:
+            rms = clipping.root_mean_square(total.weight_squared_sum, count)
+            alpha = max(settings.eps2, rms) * rho
         update_squared_sum = total.update_squared_sum
-        if self.layout.long is not None and not factors.may_cap:
-            update_squared_sum = self._bilinear(factors, total.ratios)
-        measures = self._measures(update_squared_sum, alpha)
-        return measures, self._apply_factored(weight, gradient, state, factors, measures)
-
-    def _measures(self, update_squared_sum: float, alpha: float) -> Measures:
-        rms = clipping.root_mean_square(update_squared_sum, self.layout.element_count)
-        ratio = clipping.clip_ratio(rms, self.settings.clip_threshold)
+        if self.layout.long and short and short.update_squared_sum is not None:
+            update_squared_sum = short.update_squared_sum
+        rms = clipping.root_mean_square(update_squared_sum, count)
+        ratio = clipping.clip_ratio(rms, settings.clip_threshold)
         return Measures(update_squared_sum, ratio, alpha)
-
-    def _keep(self, alpha: float) -> float:
-        """What weight decay leaves of a weight."""
-        return 1.0 - self.settings.weight_decay * weight_decay_scale(self.settings, alpha)
 
     def _apply_full(
         self, weight: Tensor, gradient: Tensor, state: State, measures: Measures
@@ -400,50 +319,46 @@ class SliceStep:
             eps1=self._added_eps1,
             floor=self._floor,
             bound=self._bound,
-            keep=self._keep(measures.alpha),
+            keep=self._kept(measures.alpha),
             momentum=None if state.momentum is None else state.momentum.view(-1),
             beta1=self.settings.beta1 or 0.0,
         )
 
     def _apply_factored(
-        self, weight: Tensor, gradient: Tensor, state: State, factors: _Factors, measures: Measures
+        self,
+        weight: Tensor,
+        gradient: Tensor,
+        momentum: Tensor | None,
+        complete_BK: Tensor,
+        short: Short,
+        measures: Measures,
     ) -> float:
-        assert state.row is not None
-        assert state.column is not None
-        layout, momentum = self.layout, state.momentum
+        layout = self.layout
         weight_BNM = layout.as_matrices(weight)
         momentum_BNM = None if momentum is None else layout.as_matrices(momentum)
+        row_BN, column_BM = self._inverse_roots(complete_BK, short)
         squared_sum = self.passes.update(
             weight_BNM,
             layout.as_matrices(gradient),
             self._scale,
             measures.alpha / measures.clip_ratio,
-            factors.inverse_row_BN,
-            factors.inverse_column_BM,
-            cap=self._cap(factors),
-            keep=self._keep(measures.alpha),
+            row_BN,
+            column_BM,
+            cap=self._cap(short),
+            keep=self._kept(measures.alpha),
             momentum_BNM=momentum_BNM,
             beta1=self.settings.beta1 or 0.0,
         )
         layout.restore(weight_BNM, weight)
         if momentum_BNM is not None and momentum is not None:
             layout.restore(momentum_BNM, momentum)
-        layout.restore_factor(factors.row_BN, state.row, row=True)
-        layout.restore_factor(factors.column_BM, state.column, row=False)
         return squared_sum
 
+    def _kept(self, alpha: float) -> float:
+        """What weight decay leaves of a weight."""
+        return 1.0 - self.settings.weight_decay * weight_decay_scale(self.settings, alpha)
 
-def _partial(
-    weight_squared_sum: float, long_BK: Tensor, squares_BK: Tensor, ratios_BK: Tensor
-) -> Partial:
-    return Partial(
-        weight_squared_sum=weight_squared_sum,
-        update_squared_sum=0.0,
-        least=_least(long_BK),
-        squares=squares_BK.cpu(),
-        ratios=ratios_BK.cpu(),
-    )
-
-
-def _least(moment: Tensor) -> float:
-    return float(moment.min()) if moment.numel() else math.inf
+    def _keep_factor(self, state: State, factor: Factor, means_BK: Tensor) -> None:
+        tensor = state.row if factor == "row" else state.column
+        assert tensor is not None
+        self.layout.restore_means(means_BK, tensor, factor)

@@ -5,32 +5,37 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from operator import methodcaller
 
 from grpc import aio
 
+from adashard import failpoints
 from adashard.wire import codec
 from adashard.wire.control import Bye, FromCoordinator, FromMember, Hello, Logged, StepSummary
-from adashard.wire.errors import AdashardError, InvalidRequest
+from adashard.wire.errors import AdashardError, Internal, InvalidRequest
 from adashard.wire.messages import Entry
 from adashard.wire.v1.coordinator_pb2 import AttendRequest, AttendResponse
 from adashard.wire.v1.coordinator_pb2_grpc import CoordinatorServiceServicer
-from adashard_server.cluster.coordinator import Coordinator, refusal
+from adashard_server.cluster.coordinator import FOREVER, Coordinator, refusal
 from adashard_server.cluster.instructions import (
     Announce,
+    Commit,
+    Discard,
     HangUp,
     Instruction,
+    Keep,
+    Remove,
     StepDown,
     Swap,
     Tell,
 )
 from adashard_server.cluster.registry import Registry
+from adashard_server.rpc.registry_calls import RegistryCalls
 
 log = logging.getLogger("adashard.membership")
 
 TICK_S = 0.1
 OUTBOX_MAX = 1000
-_RETRY_S = 1.0
-_FOREVER = 2**31 - 1  # above every generation: the member is told to go whatever it has promised
 
 Telemetry = StepSummary | Logged
 _Outbox = asyncio.Queue[FromCoordinator | None]
@@ -45,6 +50,11 @@ class CoordinatorService(CoordinatorServiceServicer):
         clock: the coordinator's, in seconds.
         announce: takes what people should know.
         observe: takes telemetry, with the id of the member that sent it.
+        keep: does what is to be done in the directory of checkpoints; called in threads.
+
+    Attributes:
+        registry: asks the registry, and waits while it does not answer.
+        ended: why this coordinator has to end, once it has to; raises if that is a defect.
     """
 
     def __init__(
@@ -54,19 +64,27 @@ class CoordinatorService(CoordinatorServiceServicer):
         clock: Callable[[], float],
         announce: Callable[[Announce], None],
         observe: Callable[[str, Telemetry], None],
+        keep: Callable[[Keep], None],
     ) -> None:
         self._coordinator = coordinator
-        self._registry = registry
+        self.registry = RegistryCalls(registry, self._registry_gone, self._registry_back)
         self._clock = clock
-        self._announce, self._observe = announce, observe
+        self._announce, self._observe, self._keep = announce, observe, keep
         self._outboxes: dict[str, _Outbox] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
-        """Ticks until cancelled."""
-        while True:
-            self._carry_out(self._coordinator.tick(self._clock()))
+        """Ticks until cancelled, or until a defect ends this coordinator."""
+        looked = self._clock()
+        while not self.ended.done():
+            if self._clock() - looked >= self._coordinator.settings.lease_s / 3:
+                looked = self._clock()
+                self._start(self._look_up())
+            try:
+                self._carry_out(self._coordinator.tick(self._clock()))
+            except Exception as defect:
+                self._fail(defect)
             await asyncio.sleep(TICK_S)
 
     def hang_up(self) -> None:
@@ -83,7 +101,7 @@ class CoordinatorService(CoordinatorServiceServicer):
         try:
             hello = await _hello(request_iterator)
         except AdashardError as error:
-            yield codec.pack(Bye(job="", generation=_FOREVER, error=error.info()))
+            yield codec.pack(Bye(job="", generation=FOREVER, error=error.info()))
             return
         outbox: _Outbox = asyncio.Queue(OUTBOX_MAX)
         try:
@@ -114,14 +132,18 @@ class CoordinatorService(CoordinatorServiceServicer):
                 message = codec.unpack(request)
                 if isinstance(message, Telemetry):
                     self._observe(member, message)
-                self._carry_out(self._coordinator.handle(member, message, self._clock()))
+                for one in failpoints.received(message):
+                    self._carry_out(self._coordinator.handle(member, one, self._clock()))
         except AdashardError as error:
             log.warning("member %s is cut off: %s", member, error.message)
-            _put(outbox, Bye(job="", generation=_FOREVER, error=error.info()))
+            _put(outbox, Bye(job="", generation=FOREVER, error=error.info()))
         except aio.AioRpcError as error:
             log.debug("the stream of member %s broke: %s", member, error.code())
-        except Exception:
+        except Exception as defect:
+            # It would say the same again, and the others would wait for its answer for ever.
             log.exception("a message of member %s could not be handled", member)
+            reason = Internal(f"a message of it could not be handled: {defect!r}")
+            self._carry_out(self._coordinator.evict(member, reason, self._clock()))
         finally:
             _put(outbox, None)
 
@@ -136,6 +158,8 @@ class CoordinatorService(CoordinatorServiceServicer):
                     self._start(self._swap(instruction))
                 case Announce():
                     self._announce(instruction)
+                case Commit() | Discard() | Remove():
+                    self._start(self._do_keep(instruction))
                 case StepDown(reason=reason):
                     if not self.ended.done():
                         self.ended.set_result(reason)
@@ -143,12 +167,30 @@ class CoordinatorService(CoordinatorServiceServicer):
     def _tell(self, member: str, message: FromCoordinator | None) -> None:
         outbox = self._outboxes.get(member)
         if outbox is not None:
-            _put(outbox, message)
+            for one in failpoints.sent(message):
+                _put(outbox, one)
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (defect := task.exception()) is not None:
+            self._fail(defect)
+
+    def _fail(self, defect: BaseException) -> None:
+        """Ends this coordinator: the next one begins from what the registry and members know."""
+        log.error("the coordinator cannot go on", exc_info=defect)
+        if not self.ended.done():
+            self.ended.set_exception(Internal(f"the coordinator cannot go on: {defect!r}"))
+
+    def _registry_gone(self, error: AdashardError) -> None:
+        self._carry_out(self._coordinator.registry_gone(error))
+
+    def _registry_back(self) -> None:
+        self._carry_out(self._coordinator.registry_back())
 
     async def _swap(self, swap: Swap) -> None:
         """Writes an entry, however long it takes to reach the registry.
@@ -157,19 +199,35 @@ class CoordinatorService(CoordinatorServiceServicer):
         whether the first had arrived.
         """
         job = swap.entry.job
-        while True:
-            try:
-                done = await asyncio.to_thread(
-                    self._registry.swap, swap.entry, expected=swap.expected
-                )
-                stored: Entry | None = None
-                if not done:
-                    stored = await asyncio.to_thread(self._registry.read, job)
-                break
-            except AdashardError as error:
-                log.warning("the registry does not answer; trying again: %s", error.message)
-                await asyncio.sleep(_RETRY_S)
+        failpoints.reach("swap.before")
+
+        def write(registry: Registry) -> tuple[bool, Entry | None]:
+            done = registry.swap(swap.entry, expected=swap.expected)
+            return done, None if done else registry.read(job)
+
+        done, stored = await self.registry.ask(write)
+        failpoints.reach("swap.after")
         self._carry_out(self._coordinator.swapped(job, done, stored, self._clock()))
+
+    async def _look_up(self) -> None:
+        """Looks whether the registry holds what this coordinator has written."""
+        for job in list(self._coordinator.jobs):
+            stored = await self.registry.ask(methodcaller("read", job))
+            self._carry_out(self._coordinator.looked_up(job, stored))
+
+    async def _do_keep(self, keep: Keep) -> None:
+        """Does something in the directory of checkpoints, which may fail: training goes on."""
+        failure: AdashardError | None = None
+        try:
+            await asyncio.to_thread(self._keep, keep)
+        except AdashardError as error:
+            failure = error
+            log.warning("%s", error.message)
+        except Exception as defect:
+            log.exception("the directory of checkpoints is left as it is")
+            failure = Internal(f"{type(keep).__name__.lower()} failed: {defect!r}")
+        if isinstance(keep, Commit):
+            self._carry_out(self._coordinator.cuttings.stored(keep, failure))
 
 
 async def _hello(requests: AsyncIterator[AttendRequest]) -> Hello:

@@ -8,8 +8,11 @@ from collections.abc import Callable
 
 import grpc
 
+from adashard import failpoints
 from adashard.transport.grpc import CONTROL_BYTES_MAX, shard_unreachable, translate
+from adashard.transport.links import Links
 from adashard.wire import codec
+from adashard.wire.errors import AdashardError, ShardUnavailable, StepTimedOut
 from adashard.wire.messages import ExchangeRequest, Member, Report
 from adashard.wire.v1 import peer_pb2
 from adashard.wire.v1.peer_pb2_grpc import PeerServiceStub
@@ -27,9 +30,14 @@ _OPTIONS = [
 
 
 class GrpcExchange:
-    """A `PeerExchange` with one channel per address; thread-safe."""
+    """A `PeerExchange` with one channel per address; thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        links: is told which peers answer.
+    """
+
+    def __init__(self, links: Links) -> None:
+        self._links = links
         self._channels: dict[str, grpc.Channel] = {}
         self._lock = threading.Lock()
 
@@ -37,9 +45,12 @@ class GrpcExchange:
         self, peer: Member, request: ExchangeRequest, deliver: Callable[[Report], None]
     ) -> None:
         """Hands `request` to `peer`; see `PeerExchange.send`."""
+        report = request.report
+        self._links.asked(peer.id, (report.job, report.generation, report.step, report.exchange))
         stub = PeerServiceStub(self._channel(peer.address))
-        call = stub.Exchange.future(codec.to_proto(request), timeout=EXCHANGE_TIMEOUT_S)
-        call.add_done_callback(lambda done: self._answered(done, peer, deliver))
+        for one in failpoints.copies("report.sent", request):
+            call = stub.Exchange.future(codec.to_proto(one), timeout=EXCHANGE_TIMEOUT_S)
+            call.add_done_callback(lambda done: self._answered(done, peer, deliver))
 
     def close(self) -> None:
         """Ends what is under way."""
@@ -59,11 +70,20 @@ class GrpcExchange:
         error = call.exception()
         if isinstance(error, grpc.RpcError):
             what = translate(error, peer.address, shard_unreachable)
+            self._heard(peer, what)
             log.debug("a report to shard %s is repeated: %s", peer.id, what.message)
             return
+        self._heard(peer, None)
         response = codec.from_proto(call.result())
         if response.report is not None:
             deliver(response.report)
+
+    def _heard(self, peer: Member, error: AdashardError | None) -> None:
+        """A refusal is an answer as good as any: the peer has been reached."""
+        if isinstance(error, ShardUnavailable | StepTimedOut):
+            self._links.dropped(peer.id)
+        else:
+            self._links.answered(peer.id)
 
     def _channel(self, address: str) -> grpc.Channel:
         with self._lock:

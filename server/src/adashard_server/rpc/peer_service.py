@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grpc
 
+from adashard import failpoints
 from adashard.wire import codec
 from adashard.wire.v1 import peer_pb2
 from adashard.wire.v1.peer_pb2_grpc import PeerServiceServicer
@@ -22,7 +23,9 @@ class PeerService(PeerServiceServicer):
     ) -> peer_pb2.ExchangeResponse:
         """See protos/adashard/wire/v1/peer.proto."""
         with Answering(context, "Exchange"):
+            failpoints.reach("report.received")
             response = self._shard.exchange(codec.from_proto(request))
+            failpoints.reach("report.answered")
             packed: peer_pb2.ExchangeResponse = codec.to_proto(response)
             return packed
         return peer_pb2.ExchangeResponse()

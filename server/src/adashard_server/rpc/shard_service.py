@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import grpc
 
+from adashard import failpoints
 from adashard.wire import codec
 from adashard.wire.errors import InvalidFrame, Overloaded
 from adashard.wire.frames import Frame, leading_frame, read_frame
@@ -52,8 +53,12 @@ class ShardService:
             self._receive(requests, context, begin, engine)
             record = engine.wait_decided(begin, context.is_active)
             if record is not None:
+                failpoints.reach("reply.record")
                 yield leading_frame(record)
-            yield from engine.reply(begin, context.is_active)
+            for frame in engine.reply(begin, context.is_active):
+                failpoints.reach("reply.frame")
+                yield frame
+            failpoints.reach("reply.end")
 
     def upload(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         """Whole slices for a plan."""
@@ -63,6 +68,7 @@ class ShardService:
             upload = engine.upload(begin, context.is_active)
             done = False
             for data in requests:
+                failpoints.reach("upload.received")
                 for run, buffer in _data(data).pieces():
                     done = engine.upload_piece(upload, run, buffer)
             self._shard.uploaded(begin, done)
@@ -80,8 +86,10 @@ class ShardService:
         for data in requests:
             if not begin.push:
                 raise InvalidFrame("a pull carries no gradients")
+            failpoints.reach("add.before")
             for run, buffer in _data(data).pieces():
                 engine.push(begin, run, buffer, context.is_active)
+            failpoints.reach("add.after")
 
     def _place(self) -> _Place:
         return _Place(self._places)

@@ -14,34 +14,36 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from adashard.wire.control import Frozen, Holding, Stale, StepSummary
-from adashard.wire.errors import AdashardError, InvalidFrame, InvalidRequest, StaleGeneration
+from adashard import failpoints
+from adashard.wire.checksums import RunningChecksums
+from adashard.wire.control import Frozen, Happened, Holding, Stale, StepSummary
+from adashard.wire.errors import InvalidFrame, StaleGeneration
 from adashard.wire.frames import Extent, cut_runs, data_frame
 from adashard.wire.messages import (
     Acknowledge,
     Begin,
     Content,
     Entry,
-    ExchangeRequest,
-    ExchangeResponse,
     Plan,
     Record,
-    Report,
     Run,
     UploadBegin,
 )
 from adashard.wire.tensors import from_buffer
 from adashard_server.shard.early import EarlyRun, EarlyRuns
+from adashard_server.shard.events import degraded
 from adashard_server.shard.exchange import PeerExchange
 from adashard_server.shard.instructions import (
     Add,
     Committed,
+    Degraded,
     Instruction,
     Measure,
     Refuse,
@@ -49,9 +51,12 @@ from adashard_server.shard.instructions import (
     Wait,
 )
 from adashard_server.shard.replies import elements, extents, whole_already
+from adashard_server.shard.reports import Reports
 from adashard_server.shard.rounds import Rounds
 from adashard_server.shard.slices import SliceStore
+from adashard_server.shard.snapshots import Snapshots
 from adashard_server.shard.stopwatch import Stopwatch
+from adashard_server.shard.storing import Storage, from_checkpoint, stored_slices
 from adashard_server.shard.uploads import Upload
 
 log = logging.getLogger("adashard.rounds")
@@ -70,21 +75,23 @@ class Engine:
         device: torch.device,
         exchange: PeerExchange,
         clock: Callable[[], float],
-        summarize: Callable[[StepSummary], None],
+        tell: Callable[[StepSummary | Happened], None],
+        storage: Storage,
     ) -> None:
         self.job = job
         self._rounds = Rounds(shard)
         self._device = device
-        self._exchange = exchange
         self._clock = clock
-        self._summarize = summarize
+        self._tell = tell
         self._stopwatch = Stopwatch(job, clock)
         self._store: SliceStore | None = None
         self._busy: set[int] = set()
         self._streams: dict[str, Begin] = {}
         self._early = EarlyRuns()
-        self._refused = 0
         self._turn = threading.Condition()
+        self.reports = Reports(self._rounds, self._turn, exchange, self._stopwatch, self._carry_out)
+        self._storage = storage
+        self.snapshots = Snapshots(self._rounds, storage, self._turn, clock, self._copy)
 
     # --- a change of generation -----------------------------------------------------------------
 
@@ -97,6 +104,7 @@ class Engine:
                 return answer
             self._streams.clear()
             self._early.clear()
+            self.snapshots.void()
             self._turn.notify_all()
             self._turn.wait_for(lambda: not self._busy)
             if spec != entry.spec:
@@ -113,6 +121,7 @@ class Engine:
             self._rounds.plan(plan)
             self._turn.notify_all()
         self._settle_all()
+        self._restore(plan)
         with self._turn:
             return self._rounds.planned
 
@@ -155,9 +164,8 @@ class Engine:
         with self._turn:
             self._check_upload(begin)
             contents = upload.take(run, buffer)
-            if contents is not None and self._rounds.lacks(run.slice, begin.version):
-                self._held().put(run.slice, contents)
-                self._rounds.uploaded(run.slice, begin.version)
+            if contents is not None:
+                self._take(run.slice, begin.version, contents)
             return self._rounds.planned
 
     # --- a step ---------------------------------------------------------------------------------
@@ -174,10 +182,11 @@ class Engine:
         if begin.push and begin.step == self.version + 1:
             self._settle_all()
         with self._turn:
+            undecided = begin.step > self._rounds.version
             acknowledge, instructions = self._rounds.begin(begin)
             self._streams[begin.sender] = begin
             self._early.drop(begin.sender)
-            if begin.push and not acknowledge.complete:
+            if begin.push and undecided:
                 self._stopwatch.began(begin.step)
             self._turn.notify_all()
             waited_for = self._early.slices  # by a worker that turns out to have no gradient there
@@ -233,8 +242,10 @@ class Engine:
             with self._turn:
                 self._check_stream(begin)  # else a freeze may have undone what is said here
             yield data_frame([whole_already(index) for index in unchanged], [])
+        checksums = RunningChecksums()
         for runs in cut_runs(self._extents(begin, wanted, alive)):
-            frame = data_frame(runs, [elements(self._held(), run, begin) for run in runs])
+            parts = [elements(self._held(), run, begin) for run in runs]
+            frame = data_frame(runs, parts, checksums)
             with self._turn:
                 self._check_stream(begin)  # else an update may have run into what was copied
                 self._stopwatch.sent(begin.step, len(frame))
@@ -242,25 +253,7 @@ class Engine:
         with self._turn:
             summary = self._stopwatch.replied(begin.step)
         if summary is not None:
-            self._summarize(summary)
-
-    def exchange(self, request: ExchangeRequest) -> ExchangeResponse:
-        """Takes another shard's report; answers with the own one where it is wanted and there.
-
-        Raises:
-            StaleGeneration: the report is of another generation.
-        """
-        report = request.report
-        self._deliver(report)
-        with self._turn:
-            own = self._rounds.own_report(report.step, report.exchange) if request.wanted else None
-        return ExchangeResponse(report=own)
-
-    def repeat(self) -> None:
-        """Sends again what has not been answered; to be called now and then."""
-        with self._turn:
-            instructions = self._rounds.repeat()
-        self._carry_out(instructions)
+            self._tell(summary)
 
     # --- what people see ------------------------------------------------------------------------
 
@@ -271,6 +264,13 @@ class Engine:
             return self._rounds.version
 
     @property
+    def entry(self) -> Entry | None:
+        """The newest that it has promised; None before the first."""
+        with self._turn:
+            entry = self._rounds.entry
+            return entry and replace(entry, opened=entry.opened or self._rounds.opened)
+
+    @property
     def generation(self) -> int:
         """The generation that is promised."""
         return self._rounds.promised
@@ -279,7 +279,7 @@ class Engine:
     def collecting(self) -> bool:
         """Whether a round is under way: some gradient is here and its step not yet decided."""
         with self._turn:
-            return bool(self._rounds.begins) or bool(self._rounds.owed)
+            return bool(self._rounds.sums.begins) or bool(self._rounds.owed)
 
     def holding(self) -> Holding:
         """Bytes of this job on this shard."""
@@ -289,7 +289,7 @@ class Engine:
                 job=self.job,
                 weight_bytes=store.weight_bytes() if store else 0,
                 state_bytes=store.state_bytes() if store else {},
-                refused_report_count=self._refused,
+                refused_report_count=self.reports.refused_count,
             )
 
     # --- inside ---------------------------------------------------------------------------------
@@ -303,11 +303,15 @@ class Engine:
                 for index in instruction.slices:
                     todo += self._measure(index, instruction)
             elif isinstance(instruction, Send):
-                self._send(instruction)
+                self.reports.send(instruction)
             elif isinstance(instruction, Refuse):
-                self._refuse(f"a report of {instruction.sender} was refused: {instruction.why}")
+                why = f"a report of {instruction.sender} was refused: {instruction.why}"
+                self.reports.refuse(f"job {self.job!r}: {why}")
             elif isinstance(instruction, Committed):
-                self._committed(instruction.record)
+                self._committed(instruction)
+            elif isinstance(instruction, Degraded):
+                assert self._rounds.entry is not None
+                self._tell(degraded(self._rounds.entry, self._rounds.shard, instruction))
 
     def _add(self, begin: Begin, run: Run, addend: Tensor, add: Add) -> None:
         """Adds a run that is admitted into the sum of its slice, which is busy."""
@@ -353,67 +357,69 @@ class Engine:
             with self._turn:
                 return self._rounds.measured(measure, {index: finding})
 
-    def _send(self, send: Send) -> None:
+    def _committed(self, committed: Committed) -> None:
+        failpoints.reach("commit")
         with self._turn:
-            entry = self._rounds.entry
-            self._stopwatch.reported(send.report.step)
-        assert entry is not None
-        members = {member.id: member for member in entry.shards}
-        for peer in send.peers:
-            request = ExchangeRequest(receiver=peer, report=send.report, wanted=peer in send.wanted)
-            self._exchange.send(members[peer], request, self._deliver_quietly)
-
-    def _deliver(self, report: Report) -> None:
-        try:
-            with self._turn:
-                instructions = self._rounds.exchange(report)
-        except AdashardError as error:
-            self._refuse(error.message)
-            raise
-        self._carry_out(instructions)
-
-    def _refuse(self, why: str) -> None:
-        """Counts a report that is not believed; late ones are usual when a generation changes."""
-        with self._turn:
-            self._refused += 1
-        log.info("job %r: %s", self.job, why)
-
-    def _deliver_quietly(self, report: Report) -> None:
-        with suppress(StaleGeneration, InvalidRequest):  # counted and logged
-            self._deliver(report)
-
-    def _committed(self, record: Record) -> None:
-        with self._turn:
-            squared_sum = self._rounds.squared_sum(record.step)
-            summary = self._stopwatch.committed(record, squared_sum)
+            self.snapshots.committed(committed.record)
+            summary = self._stopwatch.committed(
+                committed.record, committed.squared_sum, committed.poison
+            )
             self._turn.notify_all()
         if summary is not None:
-            self._summarize(summary)
+            self._tell(summary)
 
     def _settle_all(self) -> None:
-        for index in sorted(self._rounds.owed):
+        for index in self._rounds.payable:
             self._settle(index)
 
     def _settle(self, index: int, alive: Alive = lambda: True) -> None:
         """Has the slice take the step it owes, here or in the thread that is at it already.
 
-        Between a freeze and its plan it owes nothing, and nothing is done.
+        Between a freeze and its plan it owes nothing, and nothing is done. Where gradients for it
+        are still on their way, it waits for them.
         """
         with self._turn:
-            while index in self._busy:
+            while index in self._busy or self._rounds.awaits(index):
                 self._wait(alive)
             if not self._rounds.owes(index):
                 return
-            record, updates = self._rounds.record, self._rounds.updates(index)
-            assert record is not None
+            record, updates = self._rounds.record_for(index), self._rounds.updates(index)
             self._busy.add(index)
         with self._working_on(index):
+            self.snapshots.take(index, record.step - 1, self._held())
             began = self._clock()
             measures = self._held().apply(index, record) if updates else None
             with self._turn:
                 spent_s, count = self._clock() - began, self._rounds.slices[index].element_count
                 self._stopwatch.applied(record.step, measures, count, spent_s)
                 self._rounds.applied(index)
+        failpoints.reach("apply")
+
+    def _copy(self, index: int, alive: Alive) -> None:
+        """Has a snapshot take a slice as it is after the newest decided step (S9)."""
+        self._settle(index, alive)
+        with self._turn:
+            while index in self._busy:
+                self._wait(alive)
+            version = self._rounds.versions.get(index, -1)
+            self._busy.add(index)
+        with self._working_on(index):
+            self.snapshots.take(index, version, self._held())
+
+    def _restore(self, plan: Plan) -> None:
+        """Reads the slices that the lineage's checkpoint supplies (S2)."""
+        with self._turn:
+            wanted = from_checkpoint(plan, self._rounds, self._shapes)
+        for index, version, contents in stored_slices(self._storage, plan, wanted, self._device):
+            with self._turn:
+                self._rounds.check_promised(plan.entry.generation)
+                self._take(index, version, contents)
+
+    def _take(self, index: int, version: int, contents: Mapping[Content, Tensor]) -> None:
+        """Takes a whole slice, if it is not here as it is meant to be; the lock must be held."""
+        if self._rounds.lacks(index, version):
+            self._held().put(index, contents)
+            self._rounds.uploaded(index, version)
 
     @contextmanager
     def _working_on(self, index: int) -> Iterator[None]:

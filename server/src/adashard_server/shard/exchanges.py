@@ -5,24 +5,32 @@
 Settings fix the list: the first only where the gradient's norm is bounded, the last only where
 torch's placement of eps1 meets a factored parameter that is split. In each, slices are measured,
 this shard's findings go to the others as one report, and with all reports the draft is completed.
-A step that cannot be applied is known by the first exchange.
+A step that cannot be applied is known by the first exchange; where a worker says that its gradient
+is not finite, before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import isfinite
+from math import isfinite, nan
+from operator import add
 
 from adashard.wire.errors import InvalidRequest
-from adashard.wire.messages import Entry, Exchange, Record, Report
-from adashard.wire.placement import Node, Slice, nodes
+from adashard.wire.messages import Begin, Entry, Exchange, Outcome, Record, Report
+from adashard.wire.placement import Node, Slice, merged, nodes
 from adashard.wire.spec import EpsPlacement
-from adashard_server.shard import partials
 from adashard_server.shard.instructions import Instruction, Measure, Refuse, Send
-from adashard_server.shard.partials import Finding, short_count, squares_by_node
-from adashard_server.shard.records import bit, completed, skipped
+from adashard_server.shard.partials import Finding, added, short_count, summed
+from adashard_server.shard.records import (
+    Poison,
+    bit,
+    completed,
+    draft_record,
+    poison,
+    skipped,
+)
 
 
 @dataclass(frozen=True)
@@ -94,9 +102,10 @@ class Exchanges:
     order: tuple[str, ...]
     held: Holdings
     record: Record | None = None
+    _begins: tuple[Begin, ...] = ()
     _draft: Record | None = None
     _before: tuple[int, ...] = ()  # step counts, should the step be skipped
-    _max_grad_norm: float = 0.0
+    _poisoned: set[int] = field(default_factory=set)  # parameters whose sums are not finite here
     _list: tuple[Exchange, ...] = ()
     _full: set[int] = field(default_factory=set)
     _asked: set[int] = field(default_factory=set)
@@ -115,16 +124,22 @@ class Exchanges:
         """Whether the pushes of all workers have begun."""
         return self._draft is not None
 
-    def begin(self, draft: Record, step_counts: tuple[int, ...], max_grad_norm: float) -> None:
+    def begin(self, begins: Sequence[Begin], step_counts: tuple[int, ...]) -> None:
         """The pushes of all workers have begun.
 
+        A step that a worker says is to be skipped is decided with that: all shards hear the same
+        of every worker, and a slice needs no sum for it.
+
         Args:
-            draft: of the step.
-            step_counts: before it.
-            max_grad_norm: bound of the norm; 0 for none.
+            begins: of the workers, in their order.
+            step_counts: each parameter's count of updates before the step.
         """
-        self._draft, self._before, self._max_grad_norm = draft, step_counts, max_grad_norm
-        norm = (Exchange.NORM,) if max_grad_norm else ()
+        self._begins, self._before = tuple(begins), step_counts
+        self._draft = draft_record(self.step, begins, step_counts)
+        if self._draft.outcome is Outcome.SKIP:
+            self.record = self._draft
+            return
+        norm = (Exchange.NORM,) if self._max_grad_norm else ()
         clamped = (Exchange.CLAMPED,) if self.held.clamps else ()
         self._list = (*norm, Exchange.PARTIALS, *clamped)
         self._unready = set(self._wanted())
@@ -155,9 +170,14 @@ class Exchanges:
 
     @property
     def squared_sum(self) -> float:
-        """Of the mean gradient on this shard, before its norm is bounded."""
+        """Of the mean gradient on this shard, before its norm is bounded; NaN if never measured."""
         first = next(iter(self._own.values()), None)
-        return partials.added(first.squared_sums) if first else 0.0
+        return added(first.squared_sums) if first else nan
+
+    @property
+    def poison(self) -> Poison:
+        """What of the step was not finite, as far as this shard knows."""
+        return poison(self._begins, self._poisoned, self.held.entry.spec.parameters)
 
     def own(self, exchange: Exchange) -> Report | None:
         """This shard's report of an exchange, kept as long as this step's exchanges are."""
@@ -170,6 +190,11 @@ class Exchanges:
         return self._send(self._list[0])
 
     # --- inside ---------------------------------------------------------------------------------
+
+    @property
+    def _max_grad_norm(self) -> float:
+        """The bound of the norm that the lowest rank asks for; 0 for none."""
+        return self._begins[0].max_grad_norm
 
     def _wanted(self) -> list[int]:
         """Slices that the exchange at hand has to measure: those with a gradient."""
@@ -228,19 +253,22 @@ class Exchanges:
         entry, slices = self.held.entry, self.held.slices
         found = self._findings
         squares = {i: found[i].squared_sum if i in found else 0.0 for i in self.mine}
-        parts = [found[i].partial for i in self.mine if i in found]
-        split = [part for part in parts if part is not None]
+        broken = [slices[i].parameter for i, square in squares.items() if not isfinite(square)]
+        self._poisoned.update(broken)
+        leaves = ((i, 1, square) for i, square in squares.items())
+        parts = ((i, 1, found[i].partial) for i in self.mine if i in found)
+        split = ((i, count, part) for i, count, part in parts if part is not None)
         return Report(
             job=entry.job,
             generation=entry.generation,
             sender=self.shard,
             step=self.step,
             workers=self.order,
-            finite=all(isfinite(square) for square in squares.values()),
+            finite=not broken,
             slices=self.mine,
-            squared_sums=tuple(total for _, _, total in squares_by_node(slices, squares)),
+            squared_sums=tuple(total for _, _, total in merged(slices, leaves, add)),
             exchange=exchange,
-            partials=partials.merged(slices, split) if exchange is not Exchange.NORM else (),
+            partials=summed(slices, split),
         )
 
     def _complete(self) -> bool:

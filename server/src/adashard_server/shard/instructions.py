@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from adashard.wire.messages import Exchange, Record, Report
+from adashard_server.shard.records import Poison
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,27 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The step is decided: its record is kept, and its slices owe it."""
+    """The step is decided: its record is kept, and its slices owe it.
+
+    Attributes:
+        record: of the step.
+        squared_sum: of the mean gradient on this shard alone.
+        poison: what of it was not finite, as far as this shard knows.
+    """
 
     record: Record
+    squared_sum: float
+    poison: Poison
+
+
+@dataclass(frozen=True, slots=True)
+class Degraded:
+    """A decided step is finished in some slices without workers that died in it with a shard."""
+
+    step: int
+    slices: tuple[int, ...]
+    gone: tuple[str, ...]
 
 
 Admission = Add | Wait | None
-Instruction = Measure | Send | Refuse | Committed
+Instruction = Measure | Send | Refuse | Committed | Degraded

@@ -1,19 +1,16 @@
-"""Partial sums as they travel, and their sums over the trees of a job's slices.
-
-The tree itself is `optim.partials.merged`; here are the leaves of a job, and the bytes.
-"""
+"""What slices find out for an exchange: as numbers on a shard, and as bytes between shards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from operator import add
 
 from adashard.wire import messages
-from adashard.wire.placement import Slice
+from adashard.wire.placement import Slice, merged
 from adashard.wire.spec import DType
-from adashard.wire.tensors import as_buffer, from_buffer
-from adashard_server.optim import partials
+from adashard.wire.tensors import from_buffer
+from adashard_server.optim.partials import Partial
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +23,7 @@ class Finding:
     """
 
     squared_sum: float
-    partial: messages.Partial | None = None
+    partial: Partial | None = None
 
 
 def added(numbers: Iterable[float]) -> float:
@@ -47,52 +44,19 @@ def short_count(piece: Slice) -> int:
     return piece.element_count // piece.shape[piece.axis]
 
 
-def squares_by_node(
-    slices: Sequence[Slice], squares: Mapping[int, float]
-) -> list[tuple[int, int, float]]:
-    """Squared sums of slices or nodes, added up to the largest subtrees that are whole.
+def summed(
+    slices: Sequence[Slice], parts: Iterable[tuple[int, int, Partial]]
+) -> tuple[messages.Partial, ...]:
+    """Partials of slices or nodes, added up along the trees as far as they can be, to travel.
 
     Args:
         slices: all of the job.
-        squares: by index of a slice.
-
-    Returns:
-        (first slice, count, squared sum) by first slice.
+        parts: (first slice, count, partial), ascending.
     """
-    parts = ((index, 1, squares[index]) for index in sorted(squares))
-    return list(merged_squares(slices, parts))
+    return tuple(packed(*node) for node in merged(slices, parts, add))
 
 
-def merged_squares(
-    slices: Sequence[Slice], parts: Iterable[tuple[int, int, float]]
-) -> Iterator[tuple[int, int, float]]:
-    """Squared sums of nodes, ascending by their first slice, as far as they can be added up."""
-    for first, of_parameter in _by_parameter(slices, parts):
-        for place, count, total in partials.merged(of_parameter, lambda a, b: a + b):
-            yield first + place, count, total
-
-
-def merged(
-    slices: Sequence[Slice], parts: Iterable[messages.Partial]
-) -> tuple[messages.Partial, ...]:
-    """Partials of nodes, ascending by their first slice, as far as they can be added up."""
-    named = ((part.slice, part.count, unpacked(part)) for part in parts)
-    return tuple(
-        packed(first + place, count, total)
-        for first, of_parameter in _by_parameter(slices, named)
-        for place, count, total in partials.merged(of_parameter, lambda a, b: a + b)
-    )
-
-
-def _by_parameter(
-    slices: Sequence[Slice], parts: Iterable[tuple[int, int, partials.T]]
-) -> Iterator[tuple[int, list[tuple[int, int, partials.T]]]]:
-    """Parts by parameter, with places in it: (its first slice, [(place, count, part)])."""
-    for first, group in groupby(parts, key=lambda part: slices[part[0]].first):
-        yield first, [(index - first, count, part) for index, count, part in group]
-
-
-def packed(index: int, count: int, partial: partials.Partial) -> messages.Partial:
+def packed(index: int, count: int, partial: Partial) -> messages.Partial:
     """The partial of `count` slices from `index` on, as it travels."""
     return messages.Partial(
         slice=index,
@@ -100,14 +64,14 @@ def packed(index: int, count: int, partial: partials.Partial) -> messages.Partia
         weight_squared_sum=partial.weight_squared_sum,
         update_squared_sum=partial.update_squared_sum,
         least=partial.least,
-        squares=bytes(as_buffer(partial.squares.view(-1))),
-        ratios=bytes(as_buffer(partial.ratios.view(-1))),
+        squares=partial.squares.numpy().tobytes(),
+        ratios=partial.ratios.numpy().tobytes(),
     )
 
 
-def unpacked(partial: messages.Partial) -> partials.Partial:
+def unpacked(partial: messages.Partial) -> Partial:
     """The sums in a partial; its tensors are flat views."""
-    return partials.Partial(
+    return Partial(
         weight_squared_sum=partial.weight_squared_sum,
         update_squared_sum=partial.update_squared_sum,
         least=partial.least,

@@ -23,6 +23,7 @@ def check_push(begin: Begin, spec: JobSpec, step_counts: Sequence[int]) -> None:
     """
     if len(begin.present) != (len(spec.parameters) + 7) // 8:
         raise InvalidRequest(f"a push has a presence bit for each of {len(spec.parameters)}")
+    _check_not_finite(begin, len(spec.parameters))
     if begin.sparse and len(begin.sparse) != len(begin.present):
         raise InvalidRequest("a push says of all parameters or of none whether rows are sparse")
     if not (isfinite(begin.max_grad_norm) and begin.max_grad_norm >= 0):
@@ -53,7 +54,7 @@ def check_formats(begin: Begin, spec: JobSpec) -> None:
         raise InvalidRequest("a push or pull says how weights are rounded")
 
 
-_OF_A_GRADIENT = ("present", "share", "sparse", "groups", "max_grad_norm")
+_OF_A_GRADIENT = ("present", "not_finite", "share", "sparse", "groups", "max_grad_norm")
 
 
 def check_same(begin: Begin, known: Begin | None) -> None:
@@ -70,6 +71,20 @@ def check_same(begin: Begin, known: Begin | None) -> None:
         getattr(begin, name) != getattr(known, name) for name in _OF_A_GRADIENT
     ):
         raise InvalidRequest(f"worker {begin.sender} pushes another gradient for step {begin.step}")
+
+
+def _check_not_finite(begin: Begin, parameter_count: int) -> None:
+    """Refuses parameters that there are not, or of which something is sent all the same."""
+    named = begin.not_finite
+    if not named:
+        return
+    if list(named) != sorted(set(named)) or not 0 <= named[0] <= named[-1] < parameter_count:
+        raise InvalidRequest(
+            f"gradients that are not finite are named once each, ascending, by parameters below "
+            f"{parameter_count}"
+        )
+    if any(begin.present):
+        raise InvalidRequest("a push with gradients that are not finite sends none")
 
 
 def _check_group(step: GroupStep, counts: set[int]) -> None:

@@ -5,11 +5,13 @@ holds no tensor, no lock and no clock. `engine.py` feeds it and carries out what
 
     collecting t ──all sums full──▶ exchanging t ──all reports here──▶ committed t = collecting t+1
 
-What is between full sums and a record is `exchanges.py`.
+What is between full sums and a record is `exchanges.py`; whose gradients are in them, `sums.py`.
 
 A committed step is *owed* by every slice until it is applied; whoever needs the slice first pays
-(a reply, the next gradient, a change of generation). The sums of an owed slice are full and kept,
-so a shard that is frozen half way through a commit has lost nothing.
+(a reply, the next gradient, a change of generation). A slice can pay once its sum is full. It is
+full when the step is committed here, and kept, so a shard that is frozen half way through has lost
+nothing. It is not where the slice has been rebuilt at the version before: then the step's workers,
+who keep their gradients until all of the step is theirs, push them again, and nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -34,13 +36,15 @@ from adashard_server.shard.instructions import (
     Add,
     Admission,
     Committed,
+    Degraded,
     Instruction,
     Measure,
     Wait,
 )
 from adashard_server.shard.partials import Finding
 from adashard_server.shard.pushes import check_formats, check_push, check_same
-from adashard_server.shard.records import bit, draft_record
+from adashard_server.shard.records import bit, counts_before, without
+from adashard_server.shard.sums import Sums
 
 
 class Rounds:
@@ -57,12 +61,13 @@ class Rounds:
         self.record: Record | None = None
         self._before: Record | None = None  # that of the step before the newest decided one
         self.order: tuple[str, ...] = ()
-        self.begins: dict[str, Begin] = {}
+        self.sums = Sums()
         self._plan: Plan | None = None
         self._held: Holdings | None = None
         self._step = 0  # the step that is collected, or owed
         self._owed: set[int] = set()
-        self._sums: dict[int, dict[str, int]] = {}  # elements in it, by slice and worker
+        self._degraded: set[int] = set()  # owed, and to be finished without some of its workers
+        self._remaining: Record | None = None  # the newest record, of those workers that are left
         self._exchanges: Exchanges | None = None  # of the step that is collected
         self._last: Exchanges | None = None  # of the step before
 
@@ -88,8 +93,9 @@ class Rounds:
             self.entry, self.promised, self.opened = entry, entry.generation, False
             self._plan, self._held = None, holdings(entry, self.slices)
         held = tuple(sorted(self.versions))
-        full = tuple(index for index in held if self._full(index))
-        sums = FullSums(step=self._step, workers=self.order, slices=full)
+        full = [index for index in held if self._full(index) and index not in self._degraded]
+        workers = self.record.workers if self._owed and self.record else self.order
+        sums = FullSums(step=self._step, workers=workers, slices=tuple(full))
         return Frozen(
             job=entry.job,
             generation=self.promised,
@@ -97,11 +103,11 @@ class Rounds:
             slices=held,
             versions=tuple(self.versions[index] for index in held),
             sums=(sums,) if full else (),
-            record=self._before if self._unseen else self.record,
+            record=self._record_of(max(self.versions.values(), default=-1)),
         )
 
     def plan(self, plan: Plan) -> None:
-        """Takes what the generation begins with (S2); what is owed then is to be applied at once.
+        """Takes what the generation begins with (S2); what can be paid then is to be applied.
 
         Raises:
             StaleGeneration: another generation is promised.
@@ -112,14 +118,17 @@ class Rounds:
         self._plan = plan
         lineage = plan.entry.lineage.number if plan.entry.lineage else 0
         if lineage != self.lineage:
-            self.lineage, self.record = lineage, plan.record
+            self.lineage = lineage
             self.versions.clear()
-            self._collect(plan.base + 1)
-        elif self._owed and plan.base < self._step:
+            self._restart(plan)
+        elif plan.base < self.version:
             self._owed.clear()  # no slice anywhere has the step: it is formed again
+            self._degraded.clear()
             self.record = plan.record
-        elif plan.record is not None and plan.record.step == self._step and not self._owed:
+        elif plan.base > self.version and plan.record and plan.record.step == self._step:
             self._decide(plan.record)
+        elif plan.base > self.version:
+            self._restart(plan)
 
     def lacks(self, index: int, version: int) -> bool:
         """Whether an upload of the slice brings what is not here; written over, it would tear."""
@@ -128,6 +137,9 @@ class Rounds:
     def uploaded(self, index: int, version: int) -> None:
         """A whole slice has come from the source that the plan names."""
         self.versions[index] = version
+        self.sums.drop(index)
+        if index in self._owed and version >= self._step:
+            self._paid(index)
 
     def has_plan(self, generation: int) -> bool:
         """Whether the plan of `generation` has come."""
@@ -137,8 +149,11 @@ class Rounds:
     def planned(self) -> bool:
         """Whether every slice placed here is at the version that the plan begins with."""
         plan = self._plan
-        return plan is not None and all(
-            self.versions.get(index, -1) >= plan.base for index in self.mine
+        if plan is None:
+            return False
+        behind = set(plan.behind)
+        return all(
+            self.versions.get(index, -1) >= plan.base - (index in behind) for index in self.mine
         )
 
     def open(self, plan: Plan) -> list[Instruction]:
@@ -149,22 +164,45 @@ class Rounds:
         self._plan, self.opened = plan, True
         for index in set(self.versions) - set(self.mine):
             del self.versions[index]
-        if self._step != plan.base + 1:
-            self._collect(plan.base + 1)
+            self.sums.drop(index)
+        behind = {index for index in self.mine if self.versions[index] < plan.base}
+        step = plan.base if behind else plan.base + 1
+        if self._step != step:
+            self._collect(step)
+        if behind:
+            self.record = plan.record
+        self._owed = behind
         workers = sorted(plan.entry.workers, key=lambda worker: worker.rank)
-        self._reorder(tuple(worker.id for worker in workers if not worker.leaving))
+        self.order = tuple(worker.id for worker in workers if not worker.leaving)
         self._exchanges = self._last = None
-        return self._go_on(self.mine)
+        return [*self._reorder(), *self._go_on(self.mine)]
 
-    def _reorder(self, order: tuple[str, ...]) -> None:
-        """Keeps the sums whose addends are a prefix, in rank order, of the new list (S4)."""
-        for index, total in list(self._sums.items()):
-            summed = [worker for worker in self.order if total.get(worker)]
-            expected = [worker for worker in order if not self._absent(worker, index)]
-            if summed != expected[: len(summed)]:
-                del self._sums[index]
-        self.begins = {name: begin for name, begin in self.begins.items() if name in order}
-        self.order = order
+    def _reorder(self) -> list[Instruction]:
+        """Keeps the sums whose addends are a prefix, in rank order, of the list in force (S4).
+
+        Of an owed slice this is the list of the step's record. Where a worker of it is gone, and
+        has left less than its whole gradient in the sum, the others finish the step without it.
+        """
+        record = self.record if self._owed else None
+        summed = record.workers if record else self.order
+        self.sums.keep({*summed, *self.order})
+        self._degraded.clear()
+        for index in self.mine:
+            self.sums.keep_prefix(index, summed)
+        if record is None:
+            return []
+        gone = [worker for worker in summed if worker not in self.order]
+        lost = {
+            index
+            for index in self._owed
+            if self.updates(index) and not all(self.sums.done(worker, index) for worker in gone)
+        }
+        if not lost:
+            return []
+        self._degraded, self._remaining = lost, without(record, gone)
+        for index in lost:
+            self.sums.keep_prefix(index, self._remaining.workers)
+        return [Degraded(record.step, tuple(sorted(lost)), tuple(gone))]
 
     # --- pushes ---------------------------------------------------------------------------------
 
@@ -196,7 +234,7 @@ class Rounds:
         self.check(begin.generation, begin.sender)
         assert self.entry is not None
         check_formats(begin, self.entry.spec)
-        if begin.step == self.version:
+        if begin.step == self.version and not (begin.push and self._lacking(begin.sender)):
             return Acknowledge(version=self.version, complete=True), []
         if begin.step != self._step:
             raise InvalidRequest(
@@ -206,11 +244,15 @@ class Rounds:
         if not begin.push:
             return Acknowledge(version=self.version), []
         check_push(begin, self.entry.spec, self._step_counts())
-        check_same(begin, self.begins.get(begin.sender))
-        self.begins[begin.sender] = begin
+        check_same(begin, self.sums.begins.get(begin.sender))
+        self.sums.begins[begin.sender] = begin
         instructions = self._go_on(self.mine)
-        complete = all(self._done(begin.sender, index) for index in self.mine)
-        return Acknowledge(version=self.version, complete=complete), instructions
+        acknowledge = Acknowledge(
+            version=self.version,
+            complete=all(self.sums.done(begin.sender, index) for index in self._owed or self.mine),
+            progress=self.sums.progress_of(begin.sender),
+        )
+        return acknowledge, instructions
 
     def admit(
         self, begin: Begin, index: int, start: int, count: int, *, ahead: int = 0
@@ -232,16 +274,17 @@ class Rounds:
             InvalidFrame: the slice or the range is not one that may come now.
         """
         self.check(begin.generation, begin.sender)
-        if begin.step <= self.version:
+        order = self._order(index)
+        if begin.step <= self.version and not self._takes(begin, index, order):
             return None  # decided, with this push in it
         stop = start + count
-        sparse = index in self.versions and self._sparse(begin, index)
+        sparse = index in self.versions and self.sums.sparse(begin, index)
         least = 0 if sparse else 1
         if index not in self.versions or count < least or stop > self._count(index):
             raise InvalidFrame(
                 f"elements {start} to {stop} of slice {index} are not held by shard {self.shard}"
             )
-        done = self._progress(begin.sender, index)
+        done = self.sums.progress(begin.sender, index)
         came = max(done, ahead)
         if stop <= came:
             return None
@@ -249,14 +292,19 @@ class Rounds:
             raise InvalidFrame(
                 f"slice {index} of worker {begin.sender} goes on at element {start}, not {came}"
             )
-        before = self.order[: self.order.index(begin.sender)]
-        if came > done or any(self._progress(worker, index) < stop for worker in before):
+        before = order[: order.index(begin.sender)]
+        if came > done or any(self.sums.progress(worker, index) < stop for worker in before):
             return Wait()
-        return Add(done, stop, first=all(self._absent(worker, index) for worker in before))
+        return Add(done, stop, first=all(self.sums.absent(worker, index) for worker in before))
+
+    def _takes(self, begin: Begin, index: int, order: tuple[str, ...]) -> bool:
+        """Whether an owed slice lacks this push."""
+        behind = begin.step == self.version and index in self._owed
+        return behind and begin.sender in order and not self.can_pay(index)
 
     def added(self, begin: Begin, index: int, stop: int) -> list[Instruction]:
         """Elements up to `stop` of the worker's gradient are in the sum."""
-        self._sums.setdefault(index, {})[begin.sender] = stop
+        self.sums.added(begin.sender, index, stop)
         return self._go_on((index,))
 
     # --- the round ------------------------------------------------------------------------------
@@ -292,8 +340,8 @@ class Rounds:
 
     def own_report(self, step: int, exchange: Exchange) -> Report | None:
         """This shard's report of `step`, kept until its next, also after the commit (S6)."""
-        exchanges = self._exchanges_of(step)
-        own = exchanges.own(exchange) if exchanges else None
+        kept = (one for one in (self._exchanges, self._last) if one and one.step == step)
+        own = next((one.own(exchange) for one in kept), None)
         return own if own and own.generation == self.promised else None
 
     def repeat(self) -> list[Instruction]:
@@ -303,9 +351,12 @@ class Rounds:
     def applied(self, index: int) -> None:
         """The slice has taken the step it owed; after the last one the next is collected."""
         self.versions[index] = self._step
-        self._owed.discard(index)
-        if not self._owed:
-            self._collect(self._step + 1)
+        self._paid(index)
+
+    @property
+    def payable(self) -> list[int]:
+        """Slices that can take the newest decided step now, ascending."""
+        return [index for index in sorted(self._owed) if self.can_pay(index)]
 
     @property
     def owed(self) -> frozenset[int]:
@@ -314,12 +365,21 @@ class Rounds:
 
     def owes(self, index: int) -> bool:
         """Whether the slice is to take the newest decided step now; not while frozen (S1)."""
-        return index in self._owed and self._plan is not None
+        return index in self._owed and self._plan is not None and self.can_pay(index)
 
-    def squared_sum(self, step: int) -> float:
-        """Of the mean gradient of `step` on this shard alone; known as long as the own report."""
-        exchanges = self._exchanges_of(step)
-        return exchanges.squared_sum if exchanges else 0.0
+    def awaits(self, index: int) -> bool:
+        """Whether the slice owes the newest decided step and its gradients are on their way."""
+        return index in self._owed and self.opened and not self.can_pay(index)
+
+    def can_pay(self, index: int) -> bool:
+        """Whether a slice that owes a step has all that it takes: the sum, or no use for one."""
+        return not self.updates(index) or self._full(index)
+
+    def record_for(self, index: int) -> Record:
+        """The record by which an owed slice takes its step: of those whose gradients it has."""
+        record = self._remaining if index in self._degraded else self.record
+        assert record is not None
+        return record
 
     def updates(self, index: int) -> bool:
         """Whether the newest record changes the slice's weights, or only its version."""
@@ -328,6 +388,7 @@ class Rounds:
             record is not None
             and record.outcome is Outcome.APPLY
             and bit(record.present, self.slices[index].parameter)
+            and not self.sums.nobody(index, self.record_for(index).workers)
         )
 
     # --- inside ---------------------------------------------------------------------------------
@@ -335,16 +396,22 @@ class Rounds:
     def _forget(self, entry: Entry) -> None:
         """Drops everything: the job begins anew, as another model."""
         self.slices, self.lineage = cut(entry.spec), 0
-        self.record, self.order = None, ()
+        self.record, self._before, self.order = None, None, ()
+        self.sums = Sums(self.slices)
         self.versions.clear()
         self._collect(0)
+
+    def _restart(self, plan: Plan) -> None:
+        """Goes on from the plan with what is uploaded: of what was here, nothing is of use."""
+        self.record, self._before = plan.record, None
+        self._collect(plan.base + 1)
 
     def _collect(self, step: int) -> None:
         """Begins to collect `step` with nothing in the sums."""
         self._step = step
         self._owed.clear()
-        self._sums.clear()
-        self.begins = {}
+        self._degraded.clear()
+        self.sums.clear()
         self._last, self._exchanges = self._exchanges, None
 
     def _exchanging(self) -> Exchanges:
@@ -354,68 +421,62 @@ class Rounds:
             self._exchanges = Exchanges(self.shard, self._step, self.order, self._held)
         return self._exchanges
 
-    def _exchanges_of(self, step: int) -> Exchanges | None:
-        """Those of the step that is collected or owed, or of the one before."""
-        for exchanges in (self._exchanges, self._last):
-            if exchanges is not None and exchanges.step == step:
-                return exchanges
-        return None
-
     def _go_on(self, candidates: Iterable[int]) -> list[Instruction]:
         """Tells the exchanges of sums that are full; of nothing before all pushes have begun."""
         if not self.opened or self._owed or not self._complete():
             return []
         exchanges = self._exchanging()
         if not exchanges.begun:
-            begins = [self.begins[worker] for worker in self.order]
-            counts = self._step_counts()
-            draft = draft_record(self._step, begins, counts)
-            exchanges.begin(draft, counts, begins[0].max_grad_norm)
+            begins = [self.sums.begins[worker] for worker in self.order]
+            exchanges.begin(begins, self._step_counts())
             candidates = self.mine
         full = [index for index in candidates if self._full(index)]
         return self._decided(exchanges.full(full))
 
     def _decided(self, instructions: list[Instruction]) -> list[Instruction]:
         """Takes over the record that the exchanges have come to, if they have."""
-        record = self._exchanges.record if self._exchanges else None
-        if record is None:
+        exchanges = self._exchanges
+        record = exchanges.record if exchanges else None
+        if exchanges is None or record is None:
             return instructions
         self._decide(record)
-        return [*instructions, Committed(record)]
+        return [*instructions, Committed(record, exchanges.squared_sum, exchanges.poison)]
 
     def _complete(self) -> bool:
         """Whether every worker of the round has begun its push."""
-        return bool(self.order) and bool(self.mine) and set(self.begins) >= set(self.order)
-
-    @property
-    def _unseen(self) -> bool:
-        """Whether a step is decided that no slice has taken, so that nobody has heard of it."""
-        return bool(self._owed) and self._owed == set(self.versions)
+        return bool(self.order) and bool(self.mine) and set(self.sums.begins) >= set(self.order)
 
     def _decide(self, record: Record) -> None:
+        """A step is decided: all slices at the version before owe it."""
         self._before, self.record = self.record, record
-        self._owed = set(self.versions)
+        self._owed = {
+            index for index, version in self.versions.items() if version == record.step - 1
+        }
+        for index in self._owed:
+            self.sums.keep_prefix(index, record.workers)
+        if not self._owed:
+            self._collect(record.step + 1)
+
+    def _paid(self, index: int) -> None:
+        self._owed.discard(index)
+        if not self._owed:
+            self._collect(self._step + 1)
+
+    def _order(self, index: int) -> tuple[str, ...]:
+        """The workers whose gradients make up the slice's sum, by rank."""
+        return self.record_for(index).workers if index in self._owed else self.order
+
+    def _lacking(self, worker: str) -> bool:
+        """Whether a slice that owes the newest decided step waits for the worker's gradient."""
+        return any(worker in self._order(index) and not self.can_pay(index) for index in self._owed)
 
     def _full(self, index: int) -> bool:
-        return bool(self.order) and all(self._done(worker, index) for worker in self.order)
+        return self.sums.full(index, self._order(index))
 
-    def _done(self, worker: str, index: int) -> bool:
-        return self._progress(worker, index) == self._count(index)
-
-    def _progress(self, worker: str, index: int) -> int:
-        """How many elements of the worker's gradient are in; an absent one is in at once."""
-        if worker not in self.begins:
-            return 0
-        if self._absent(worker, index):
-            return self._count(index)
-        return self._sums.get(index, {}).get(worker, 0)
-
-    def _absent(self, worker: str, index: int) -> bool:
-        begin = self.begins.get(worker)
-        return begin is not None and not bit(begin.present, self.slices[index].parameter)
-
-    def _sparse(self, begin: Begin, index: int) -> bool:
-        return bit(begin.sparse, self.slices[index].parameter)
+    def _record_of(self, version: int) -> Record | None:
+        """The record of a version that slices have here, if it is one of the newest two."""
+        known = (record for record in (self.record, self._before) if record is not None)
+        return next((record for record in known if record.step == version), None)
 
     def _count(self, index: int) -> int:
         return self.slices[index].element_count
@@ -432,8 +493,8 @@ class Rounds:
             )
 
     def _step_counts(self) -> tuple[int, ...]:
-        """Each parameter's count of updates before the step that is collected."""
+        """Each parameter's count of updates before the step that is collected, or owed."""
         assert self.entry is not None
         if self.record is None:
             return (0,) * len(self.entry.spec.parameters)
-        return self.record.step_counts
+        return counts_before(self.record) if self._owed else self.record.step_counts

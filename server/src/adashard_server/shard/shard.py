@@ -11,16 +11,19 @@ from adashard.wire.control import (
     Bye,
     Freeze,
     Frozen,
+    Happened,
     Open,
     Opened,
     Planned,
     PlanRequest,
     Renewal,
+    SnapshotRequest,
+    Snapshotted,
     Stale,
     Standing,
     StepSummary,
 )
-from adashard.wire.errors import Draining, StaleGeneration
+from adashard.wire.errors import CheckpointUnreadable, Draining, StaleGeneration
 from adashard.wire.messages import (
     Begin,
     Entry,
@@ -30,7 +33,9 @@ from adashard.wire.messages import (
     UploadBegin,
 )
 from adashard_server.shard.engine import Engine
+from adashard_server.shard.events import unreadable
 from adashard_server.shard.exchange import PeerExchange
+from adashard_server.shard.storing import NoStorage, Storage
 
 Answer = Frozen | Planned | Opened | Stale
 
@@ -44,7 +49,8 @@ class Shard:
         exchange: how reports reach the other shards.
         clock: seconds, monotonic.
         tell: takes what the coordinator should hear without having asked: `Planned` after an
-            upload, and step summaries. Never blocks.
+            upload, snapshots, step summaries and what people should know. Never blocks.
+        storage: where checkpoints are; None for nowhere.
     """
 
     def __init__(
@@ -53,20 +59,22 @@ class Shard:
         device: torch.device,
         exchange: PeerExchange,
         clock: Callable[[], float],
-        tell: Callable[[Planned | StepSummary], None],
+        tell: Callable[[Planned | StepSummary | Happened | Snapshotted], None],
+        storage: Storage | None = None,
     ) -> None:
         self.id = shard_id
         self._device = device
         self._exchange = exchange
         self._clock = clock
         self._tell = tell
+        self._storage = storage or NoStorage()
         self._engines: dict[str, Engine] = {}
         self._lock = threading.Lock()
         self._draining = False
 
     # --- the coordinator's calls ----------------------------------------------------------------
 
-    def handle(self, message: Freeze | PlanRequest | Open | Bye) -> Answer | None:
+    def handle(self, message: Freeze | PlanRequest | Open | SnapshotRequest | Bye) -> Answer | None:
         """What the coordinator asks of this shard, and the answer to it, if any."""
         try:
             match message:
@@ -77,6 +85,9 @@ class Shard:
                 case Open(plan=plan):
                     self._made(plan.entry).open(plan)
                     return Opened(job=plan.entry.job, generation=plan.entry.generation)
+                case SnapshotRequest():
+                    self._begin_snapshot(message)
+                    return None
                 case Bye(job=job):
                     self._forget(job)
                     return None
@@ -84,8 +95,27 @@ class Shard:
             return None  # it asks again, or has been replaced
 
     def _planned(self, plan: Plan) -> Planned | None:
-        done = self._made(plan.entry).plan(plan)
-        return Planned(job=plan.entry.job, generation=plan.entry.generation) if done else None
+        entry = plan.entry
+        try:
+            done = self._made(entry).plan(plan)
+        except CheckpointUnreadable as error:
+            self._tell(unreadable(entry, error))
+            return None
+        return Planned(job=entry.job, generation=entry.generation) if done else None
+
+    def _begin_snapshot(self, request: SnapshotRequest) -> None:
+        """Cuts a snapshot in a thread of its own, and tells what has come of it."""
+        with self._lock:
+            engine = self._engines.get(request.job)
+        if engine is None:
+            return
+
+        def run() -> None:
+            answer = engine.snapshots.run(request)
+            if answer is not None:
+                self._tell(answer)
+
+        threading.Thread(target=run, name="adashard-snapshot", daemon=True).start()
 
     def renewal(self) -> Renewal:
         """That this shard is alive, and where it stands in each job."""
@@ -98,6 +128,10 @@ class Shard:
             draining=self._draining,
             holdings=tuple(one.holding() for one in engines),
         )
+
+    def entries(self) -> tuple[Entry, ...]:
+        """The newest entry of each job, for a coordinator that has kept none."""
+        return tuple(entry for one in self._all() if (entry := one.entry) is not None)
 
     # --- the data plane -------------------------------------------------------------------------
 
@@ -133,14 +167,14 @@ class Shard:
         Raises:
             StaleGeneration: of another generation, or for another process.
         """
-        return self._engine(request.report.job, request.receiver).exchange(request)
+        return self._engine(request.report.job, request.receiver).reports.answer(request)
 
     # --- the process's calls --------------------------------------------------------------------
 
     def repeat(self) -> None:
         """Sends again what has not been answered; to be called about once a second."""
         for engine in self._all():
-            engine.repeat()
+            engine.reports.repeat()
 
     def drain(self) -> None:
         """Begins no new round; `busy` tells when those under way have ended. Idempotent."""
@@ -162,7 +196,13 @@ class Shard:
             engine = self._engines.get(entry.job)
             if engine is None:
                 engine = self._engines[entry.job] = Engine(
-                    entry.job, self.id, self._device, self._exchange, self._clock, self._tell
+                    entry.job,
+                    self.id,
+                    self._device,
+                    self._exchange,
+                    self._clock,
+                    self._tell,
+                    self._storage,
                 )
             return engine
 
@@ -175,7 +215,6 @@ class Shard:
 
     def _forget(self, job: str) -> None:
         with self._lock:
-            if job:
-                self._engines.pop(job, None)
-            else:
-                self._engines.clear()
+            gone = [self._engines.pop(one) for one in list(self._engines) if job in ("", one)]
+        for engine in gone:
+            engine.snapshots.end()

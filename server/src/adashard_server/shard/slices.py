@@ -18,10 +18,11 @@ from adashard_server.optim import adafactor
 from adashard_server.optim.adafactor import State
 from adashard_server.optim.compiled import CompiledPasses
 from adashard_server.optim.factored import Axes
+from adashard_server.optim.layout import Layout
 from adashard_server.optim.partials import alone
 from adashard_server.optim.passes import Passes
-from adashard_server.optim.split import Layout, Measured
-from adashard_server.shard.partials import Finding, packed
+from adashard_server.optim.split import Measured
+from adashard_server.shard.partials import Finding
 from adashard_server.shard.stepping import Stepping
 
 _KINDS = {
@@ -147,13 +148,13 @@ class SliceStore:
         step = stepping.of(self._slices[index], held.layout)
         if exchange is Exchange.CLAMPED:
             _, measured = self._measured[index]
-            total = stepping.total(self._slices[index], measured)
-            clamped = step.clamped(gradient, held.state, measured, total)
-            return Finding(0.0, packed(index, 1, alone(0.0, clamped)))
+            short = stepping.short(self._slices[index], step, held.state, measured)
+            assert short is not None
+            clamped = step.clamped(gradient, measured, short)
+            return Finding(0.0, alone(0.0, clamped))
         measured = step.measure(gradient, held.state, held.squared_sum)
         self._measured[index] = stepping, measured
-        split = self._slices[index].split
-        partial = packed(index, 1, measured.partial) if split else None
+        partial = measured.partial if self._slices[index].split else None
         return Finding(measured.gradient_squared_sum, partial)
 
     def apply(self, index: int, record: Record) -> adafactor.Measures:
@@ -180,6 +181,7 @@ class SliceStore:
             held.state,
             measured,
             stepping.total(piece, measured),
+            stepping.short(piece, step, held.state, measured),
             rho=stepping.rho(piece),
         )
         return measures if piece.place == 0 else replace(measures, update_squared_sum=0.0)

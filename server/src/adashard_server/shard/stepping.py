@@ -8,10 +8,11 @@ from typing import Literal
 from adashard.wire.messages import AdafactorStep, Record
 from adashard.wire.placement import Slice
 from adashard.wire.spec import AdafactorLayout, EpsPlacement, JobSpec, WeightDecayMode
-from adashard_server.optim.adafactor import Settings
+from adashard_server.optim.adafactor import Settings, State
+from adashard_server.optim.layout import Layout
 from adashard_server.optim.partials import Partial
 from adashard_server.optim.passes import Passes
-from adashard_server.optim.split import Layout, Measured, SliceStep
+from adashard_server.optim.split import Measured, Short, SliceStep
 from adashard_server.shard.partials import added, unpacked
 
 _DECAY_MODES: dict[WeightDecayMode, Literal["alpha", "lr", "plain"]] = {
@@ -24,7 +25,7 @@ _MEASURED_BY = ("step", "workers", "shares", "step_counts", "groups", "norm_fact
 
 
 class Stepping:
-    """One record for all slices of a shard. Read-only, so threads may share it.
+    """One record for all slices of a shard. Threads may share it: what it works out is fixed.
 
     Args:
         spec: the job.
@@ -36,6 +37,7 @@ class Stepping:
         self.record = record
         self._spec, self._passes = spec, passes
         self._compared: tuple[Stepping, bool] | None = None
+        self._shorts: dict[int, Short] = {}
         self.scale = record.norm_factor / added(record.shares)
         """What makes a sum over workers the mean, bounded in norm."""
         self._settings = [
@@ -66,6 +68,24 @@ class Stepping:
     def total(self, piece: Slice, measured: Measured) -> Partial:
         """The sums over the slice's whole parameter; its own where that is not split."""
         return self._totals[piece.first] if piece.split else measured.partial
+
+    def short(
+        self, piece: Slice, step: SliceStep, state: State, measured: Measured
+    ) -> Short | None:
+        """The short factor after the step, worked out once for all slices of a parameter.
+
+        Args:
+            piece: a slice that has not taken the step.
+            step: its step, by `of`.
+            state: its own.
+            measured: what it has found.
+        """
+        if step.layout.long is None:
+            return measured.short
+        short = self._shorts.get(piece.first)
+        if short is None:
+            short = self._shorts[piece.first] = step.short(state, self.total(piece, measured))
+        return short
 
     def measures_as(self, other: Stepping) -> bool:
         """Whether slices measure the same by both: they differ in what exchanges add alone."""

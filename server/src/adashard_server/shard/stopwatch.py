@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from adashard.wire.control import StepSummary
 from adashard.wire.messages import Outcome, Record
 from adashard_server.optim.adafactor import Measures
+from adashard_server.shard.records import CLEAN, Poison
 
 
 @dataclass(slots=True)
@@ -20,6 +21,7 @@ class _Step:
     full: float | None = None
     committed: float | None = None
     record: Record | None = None
+    poison: Poison = CLEAN
     apply_s: float = 0.0
     replies: int = 0
     pushed_bytes: int = 0
@@ -70,15 +72,22 @@ class Stopwatch:
         if (now := self._at(step)) is not None and now.full is None:
             now.full = self._clock()
 
-    def committed(self, record: Record, squared_sum: float) -> StepSummary | None:
-        """The step is decided; `squared_sum` is that of the mean gradient on this shard.
+    def committed(
+        self, record: Record, squared_sum: float, poison: Poison = CLEAN
+    ) -> StepSummary | None:
+        """The step is decided.
+
+        Args:
+            record: of the step.
+            squared_sum: of the mean gradient on this shard.
+            poison: what of the step was not finite.
 
         Returns:
             The summary, if the replies of the step have overtaken this.
         """
         if (now := self._at(record.step)) is None:
             return None
-        now.committed, now.record = self._clock(), record
+        now.committed, now.record, now.poison = self._clock(), record, poison
         now.gradient_squared_sum = squared_sum
         return self._finished(now)
 
@@ -142,4 +151,6 @@ class Stopwatch:
             pushed_bytes=step.pushed_bytes,
             pulled_bytes=step.pulled_bytes,
             skipped=record.outcome is Outcome.SKIP,
+            not_finite_workers=step.poison.workers,
+            not_finite_parameters=step.poison.parameters,
         )

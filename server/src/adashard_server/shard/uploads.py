@@ -1,4 +1,9 @@
-"""An upload of whole slices: weights, and optimizer state with them where there is any."""
+"""An upload of whole slices: weights, and optimizer state with them where there is any.
+
+Every run says what the checksum of its tensor is up to there. The last run of weights has the one
+that they came with to the worker that sends them, so that weights that its user has changed since
+are noticed here.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from adashard.wire.errors import InvalidFrame
+from adashard.wire.checksums import RunningChecksums
+from adashard.wire.errors import DamagedFrame, InvalidFrame
 from adashard.wire.messages import Content, Run, UploadBegin
 from adashard.wire.tensors import from_buffer
 
@@ -31,6 +37,7 @@ class Upload:
         self._shapes, self._device = shapes, device
         self._came: dict[tuple[int, Content], int] = {}
         self._torn: dict[int, dict[Content, Tensor]] = {}
+        self._checksums = RunningChecksums()
 
     @property
     def slice_count(self) -> int:
@@ -43,6 +50,7 @@ class Upload:
         Raises:
             InvalidFrame: the slice does not consist of these, or the elements do not go on where
                 the ones before ended.
+            DamagedFrame: they are not those that were sent.
         """
         counts = self._counts(run.slice)
         if run.content not in counts:
@@ -52,6 +60,13 @@ class Upload:
             raise InvalidFrame(
                 f"slice {run.slice} goes on at element {came} of {count}, not with {run.count} "
                 f"from {run.start}"
+            )
+        checksum = self._checksums.after(run, buffer)
+        if checksum != run.checksum:
+            raise DamagedFrame(
+                f"elements up to {run.start + run.count} of slice {run.slice} came damaged from "
+                f"{self.begin.sender}: their checksum is {checksum:08x}, not {run.checksum:08x}",
+                slice=run.slice,
             )
         self._came[run.slice, run.content] = came + run.count
         tensors = self._torn.setdefault(run.slice, {})

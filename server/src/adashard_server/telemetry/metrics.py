@@ -161,6 +161,13 @@ class _StepMetrics:
             ["job_name"],
             registry=registry,
         )
+        self.not_finite = Counter(
+            "adashard_not_finite_gradients",
+            "Gradients with NaN or Inf in them: one for each worker that said so and step, or one "
+            "for a step whose sum was not finite.",
+            ["job_name"],
+            registry=registry,
+        )
         self.learning_rate = Gauge(
             "adashard_learning_rate",
             "Learning rate of the first group in the newest step: as requested, and as applied.",
@@ -172,6 +179,7 @@ class _StepMetrics:
     def observe(self, job: str, point: StepPoint) -> None:
         self._jobs.add(job)
         self.steps.labels(job, "skipped" if point.skipped else "applied").inc()
+        self.not_finite.labels(job).inc(max(point.skipped, len(point.not_finite_workers)))
         for phase in PHASES:
             if phase in point.phase_s:
                 self.duration.labels(job, phase).observe(point.phase_s[phase])
@@ -188,7 +196,7 @@ class _StepMetrics:
 
     def forget(self, job: str) -> None:
         self._jobs.discard(job)
-        counted = (self.steps, self.duration, self.pushed, self.pulled)
+        counted = (self.steps, self.not_finite, self.duration, self.pushed, self.pulled)
         for metric in (*counted, self.learning_rate, *self.gauges.values()):
             metric.remove_by_labels({"job_name": job})
 

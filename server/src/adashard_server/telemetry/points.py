@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -31,6 +31,8 @@ class StepPoint:
         pushed_bytes: gradients received, over all shards and workers.
         pulled_bytes: weights sent, over all shards and workers.
         skipped: whether the step left the weights alone.
+        not_finite_workers: those that said that their gradients were not finite.
+        not_finite_parameters: names of parameters whose gradients were not finite; some of them.
         values: means of what the workers logged for this step.
     """
 
@@ -47,6 +49,8 @@ class StepPoint:
     pushed_bytes: int = 0
     pulled_bytes: int = 0
     skipped: bool = False
+    not_finite_workers: tuple[str, ...] = ()
+    not_finite_parameters: tuple[str, ...] = ()
     values: Mapping[str, float] = field(default_factory=lambda: _NO_VALUES)
 
     @property
@@ -87,6 +91,8 @@ def merge(
         pushed_bytes=sum(summary.pushed_bytes for summary in summaries),
         pulled_bytes=sum(summary.pulled_bytes for summary in summaries),
         skipped=any(summary.skipped for summary in summaries),
+        not_finite_workers=_union(summary.not_finite_workers for summary in summaries),
+        not_finite_parameters=_union(summary.not_finite_parameters for summary in summaries),
         values=dict(values),
     )
 
@@ -115,6 +121,10 @@ def thin(points: Sequence[StepPoint], max_points: int) -> list[StepPoint]:
         peak = max(range(begin, end), key=lambda index: _height(points[index]))
         kept.extend(points[index] for index in sorted({peak, end - 1}))
     return kept
+
+
+def _union(lists: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    return tuple(sorted({name for names in lists for name in names}))
 
 
 def _longest_phases(summaries: Collection[StepSummary]) -> dict[str, float]:

@@ -622,6 +622,7 @@ class Snapshotted(google.protobuf.message.Message):
     SLICES_FIELD_NUMBER: builtins.int
     RECORD_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    NOT_FINITE_FIELD_NUMBER: builtins.int
     job: builtins.str
     """The job."""
     generation: builtins.int
@@ -646,6 +647,10 @@ class Snapshotted(google.protobuf.message.Message):
     def error(self) -> adashard.wire.v1.types_pb2.ErrorInfo:
         """Why it failed."""
 
+    @property
+    def not_finite(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Those of the slices that have elements which are not finite."""
+
     def __init__(
         self,
         *,
@@ -657,9 +662,10 @@ class Snapshotted(google.protobuf.message.Message):
         slices: collections.abc.Iterable[builtins.int] | None = ...,
         record: adashard.wire.v1.types_pb2.Record | None = ...,
         error: adashard.wire.v1.types_pb2.ErrorInfo | None = ...,
+        not_finite: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["error", b"error", "record", b"record"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["error", b"error", "files", b"files", "generation", b"generation", "job", b"job", "record", b"record", "slices", b"slices", "stall_s", b"stall_s", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["error", b"error", "files", b"files", "generation", b"generation", "job", b"job", "not_finite", b"not_finite", "record", b"record", "slices", b"slices", "stall_s", b"stall_s", "version", b"version"]) -> None: ...
 
 global___Snapshotted = Snapshotted
 
@@ -793,6 +799,8 @@ class Welcome(google.protobuf.message.Message):
     LEASE_S_FIELD_NUMBER: builtins.int
     RENEW_S_FIELD_NUMBER: builtins.int
     JOB_VERSION_FIELD_NUMBER: builtins.int
+    CHECKPOINT_DIR_FIELD_NUMBER: builtins.int
+    CHECKPOINT_MARK_FIELD_NUMBER: builtins.int
     version: builtins.str
     """Version of the coordinator's distribution."""
     lease_s: builtins.float
@@ -801,6 +809,10 @@ class Welcome(google.protobuf.message.Message):
     """Seconds between renewals."""
     job_version: builtins.int
     """Where the job stands when a worker joins; -1 for a new one."""
+    checkpoint_dir: builtins.str
+    """For shards: the directory that checkpoints are in, on a file system that all share; empty for none."""
+    checkpoint_mark: builtins.str
+    """Name of a file in that directory: who does not see it does not see the coordinator's directory."""
     def __init__(
         self,
         *,
@@ -808,8 +820,10 @@ class Welcome(google.protobuf.message.Message):
         lease_s: builtins.float = ...,
         renew_s: builtins.float = ...,
         job_version: builtins.int = ...,
+        checkpoint_dir: builtins.str = ...,
+        checkpoint_mark: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["job_version", b"job_version", "lease_s", b"lease_s", "renew_s", b"renew_s", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint_dir", b"checkpoint_dir", "checkpoint_mark", b"checkpoint_mark", "job_version", b"job_version", "lease_s", b"lease_s", "renew_s", b"renew_s", "version", b"version"]) -> None: ...
 
 global___Welcome = Welcome
 
@@ -893,7 +907,7 @@ class SnapshotRequest(google.protobuf.message.Message):
     version: builtins.int
     """The version; void when it has passed."""
     directory: builtins.str
-    """The directory to write into, below the shard's own directory of checkpoints."""
+    """Name of the attempt: of the folder to write into, in the job's folder of the shared directory."""
     def __init__(
         self,
         *,

@@ -1,0 +1,134 @@
+"""Update and exchange of one parameter on any number of shards, all in the calling thread.
+
+What the shards of a job do between full sums and new weights, and nothing else: stores of slices
+and exchanges as they are in a shard, reports as the bytes that travel. No network, no lock, no
+other thread, so that the processor's time in it is that of this work alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from adashard import schedule
+from adashard.wire import codec
+from adashard.wire.messages import (
+    AdafactorStep,
+    Begin,
+    Content,
+    Entry,
+    ExchangeRequest,
+    GroupStep,
+    Member,
+    Report,
+    Schedule,
+)
+from adashard.wire.placement import cut
+from adashard.wire.spec import AdafactorLayout, Group, JobSpec, Parameter
+from adashard.wire.v1 import peer_pb2
+from adashard_server.cluster.planner import place
+from adashard_server.shard.exchanges import Exchanges, Holdings, holdings
+from adashard_server.shard.instructions import Instruction, Measure, Send
+from adashard_server.shard.slices import SliceStore
+
+WORKER = "worker"
+
+
+class OneThread:
+    """A job of one parameter, with a gradient that stays.
+
+    Its slices are in one place whichever shards are said to hold them: how fast memory is differs
+    from one allocation to the next by more than what is to be measured.
+    """
+
+    def __init__(self, shape: tuple[int, ...], slice_bytes: int) -> None:
+        self._spec = JobSpec(
+            parameters=(Parameter(name="weight", shape=shape),),
+            groups=(Group(adafactor=AdafactorLayout()),),
+            slice_bytes=slice_bytes,
+            min_workers=1,
+        )
+        self._slices = cut(self._spec)
+        self._store = SliceStore(self._spec, self._slices, torch.device("cpu"))
+        self._exchanges: dict[str, Exchanges] = {}
+        self._step = 0
+        generator = torch.Generator().manual_seed(0)
+        for piece in self._slices:
+            weight, gradient = (
+                torch.randn(piece.element_count, generator=generator) for _ in range(2)
+            )
+            self._store.put(piece.index, {Content.WEIGHT: weight})
+            self._store.add(piece.index, 0, 0, gradient, share=1.0, first=True)
+
+    def step_s(self, shard_count: int) -> float:
+        """Processor seconds of a step on so many shards, from full sums to new weights."""
+        held = self._holdings(shard_count)
+        assert held.nodes  # known before the step, like all that belongs to a generation
+        began = time.thread_time()
+        self._step += 1
+        begin, counts = self._begin(), (self._step - 1,)
+        self._exchanges = {
+            name: Exchanges(name, self._step, (WORKER,), held) for name in held.by_shard
+        }
+        for name, exchanges in self._exchanges.items():
+            exchanges.begin([begin], counts)
+            for index in held.by_shard[name]:  # as they become full
+                self._carry_out(name, exchanges.full([index]))
+        for name, exchanges in self._exchanges.items():
+            assert exchanges.record is not None
+            for index in held.by_shard[name]:
+                self._store.apply(index, exchanges.record)
+        return time.thread_time() - began
+
+    def _holdings(self, shard_count: int) -> Holdings:
+        names = [f"shard-{number}" for number in range(shard_count)]
+        entry = Entry(
+            job="job",
+            generation=1,
+            author="",
+            spec=self._spec,
+            workers=(Member(id=WORKER),),
+            shards=tuple(Member(id=name) for name in names),
+            placement=place(self._slices, names),
+        )
+        return holdings(entry, self._slices)
+
+    def _begin(self) -> Begin:
+        scalars = Schedule(
+            step_count=self._step,
+            beta2=schedule.beta2(self._step, -0.8),
+            rho=schedule.rho(self._step, lr=None, relative_step=True, warmup_init=False),
+        )
+        settings = AdafactorStep(eps1=1e-30, eps2=1e-3, clip_threshold=1.0)
+        return Begin(
+            job="job",
+            generation=1,
+            sender=WORKER,
+            receiver="",
+            step=self._step,
+            push=True,
+            present=b"\x01",
+            groups=(GroupStep(adafactor=settings, schedules=(scalars,)),),
+        )
+
+    def _carry_out(self, name: str, instructions: Sequence[Instruction]) -> None:
+        exchanges = self._exchanges[name]
+        for instruction in instructions:
+            match instruction:
+                case Measure(slices=slices, exchange=exchange, draft=draft):
+                    for index in slices:
+                        finding = self._store.measure(index, exchange, draft)
+                        self._carry_out(name, exchanges.measured(instruction, {index: finding}))
+                case Send(report=report, peers=peers):
+                    for peer in peers:
+                        self._deliver(peer, report)
+
+    def _deliver(self, receiver: str, report: Report) -> None:
+        """Hands a report on as the bytes that it is between shards."""
+        sent = codec.to_proto(ExchangeRequest(receiver=receiver, report=report))
+        came = codec.from_proto(peer_pb2.ExchangeRequest.FromString(sent.SerializeToString()))
+        assert isinstance(came, ExchangeRequest)
+        self._exchanges[receiver].check(came.report)
+        self._carry_out(receiver, self._exchanges[receiver].take(came.report))
