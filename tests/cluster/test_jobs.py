@@ -26,7 +26,8 @@ from adashard_server.cluster.jobs import (
     new_spec,
     offer_of,
 )
-from adashard_server.cluster.membership import FRESH, Membership, Phase, Start
+from adashard_server.cluster.membership import Membership, Phase
+from adashard_server.cluster.succession import FRESH, Start
 
 SPEC = JobSpec(
     parameters=(Parameter(name="weight", shape=(4, 3)),),

@@ -14,7 +14,7 @@ from adashard.wire.version import VERSION
 from adashard_server.cluster.coordinator import Coordinator
 from adashard_server.cluster.instructions import Swap
 from adashard_server.cluster.leases import LeaseSettings
-from adashard_server.cluster.membership import FRESH, Start
+from adashard_server.cluster.succession import FRESH, Start
 
 A, B = "a" * 64, "b" * 64
 TEN = Start(10, A)

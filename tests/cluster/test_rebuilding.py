@@ -9,6 +9,7 @@ from tests.cluster.scenes import SPEC, Scene, announced, told
 from adashard.wire.control import Bye, Notice, Open, PlanRequest
 from adashard.wire.errors import from_info
 from adashard.wire.messages import Lineage, Record
+from adashard_server.cluster.instructions import Announce
 from adashard_server.cluster.membership import Phase
 
 # --- shards --------------------------------------------------------------------------------------
@@ -67,6 +68,30 @@ def test_a_fresh_shard_takes_the_place_of_a_dead_one_at_once_and_is_filled_by_a_
     sources = plans["w0"].plan.sources
     assert {source.slice for source in sources} == {n for n, o in enumerate(before) if o == 0}
     assert {source.member for source in sources} == {"w0"}
+
+
+def test_it_is_told_who_has_died_and_what_was_rebuilt_from_whom():
+    scene = Scene.opened("w0", "w1")
+    scene.holds["w0"] = (0, 1, 2)
+    scene.dead, scene.shards = frozenset({"shard-0", "w1"}), ("shard-1", "shard-9")
+    died = [one for one in scene.tick() if isinstance(one, Announce)]
+    assert [(one.name, one.facts) for one in died] == [
+        ("died", {"worker": "w1"}),
+        ("died", {"shard": "shard-0"}),
+    ]
+    assert died[0].text == "worker w1 (rank 1) is gone"
+    scene.written()
+    lost = scene.entry.placement.count(0)
+    plans = told(scene.freeze(), PlanRequest)
+    assert len(plans["w0"].plan.sources) == lost
+    said = [one for one in scene.planned() if isinstance(one, Announce)]
+    assert [one.name for one in said] == ["rebuilt", "open"]
+    assert said[0].text == f"{lost} slices are rebuilt from the memory of 1 workers"
+
+
+def test_the_first_weights_of_a_job_are_not_told_as_rebuilt():
+    scene = Scene.begin("w0")
+    assert "rebuilt" not in announced(scene.make_generation())
 
 
 def test_survivors_take_the_slices_of_a_shard_that_is_not_waited_for_any_longer():

@@ -132,12 +132,12 @@ class SimCoordinator(Process):
         self._carry_out(self.coordinator.tick(self.loop.now))
 
     def _handle(self, member: str, message: FromMember) -> None:
-        now, entry = self.loop.now, self.registry.entry
+        now = self.loop.now
         if isinstance(message, Frozen):
             self._answers[member] = message
-        if isinstance(message, Renewal) and entry and member in self.coordinator.leases.dead(now):
-            if member in {one.id for one in (*entry.workers, *entry.shards)}:
-                self.cluster.saw("a member is revived")
+        silent = isinstance(message, Renewal) and member in self.coordinator.leases.dead(now)
+        if silent and self.cluster.is_member(member):
+            self.cluster.saw("a member is revived")
         self._carry_out(self.coordinator.handle(member, message, now))
 
     def _carry_out(self, instructions: list[Instruction]) -> None:

@@ -11,14 +11,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
-from tests.sim.history import Gradient, Weights
+from tests.sim.history import Weights
 from tests.sim.member import Member
 from tests.sim.shard import SimShard
 from tests.sim.talks import Reading, Talk, Talks
-from tests.sim.worker import SimWorker
+from tests.sim.uploads import Uploads
 
 from adashard.wire.control import Frozen, Stale
-from adashard.wire.messages import Begin, Entry, Exchange, Lineage, Plan, Record, Report, Run
+from adashard.wire.messages import Begin, Entry, Exchange, Plan, Record, Report, Run
 from adashard.worker import Worker
 from adashard_server.cluster import membership
 from adashard_server.cluster.coordinator import Coordinator
@@ -321,14 +321,14 @@ def a_copy_is_torn_by_a_broken_reply(patch: Patch) -> None:
 @mutant("swaps")
 def weights_are_uploaded_whoever_has_written_them(patch: Patch) -> None:
     """W3: the checksum is verified again, as user code may have changed the weights."""
-    patch.setattr(SimWorker, "intact", lambda self, index: True)
+    patch.setattr(Uploads, "intact", lambda self, index: True)
     patch.setattr(SimShard, "intact", lambda self, elements, checksum: True)
 
 
 @mutant("swaps")
 def a_copy_that_is_none_is_not_told(patch: Patch) -> None:
     """W3: a wrong checksum is said, or the plan waits for a copy that nobody has."""
-    patch.setattr(SimWorker, "_say_what_is_missing", lambda self, plan: None)
+    patch.setattr(Uploads, "say_what_is_missing", lambda self, plan: None)
 
 
 # --- members -------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ class SimShard(Member):
             pass  # it asks again
 
     def _left_out(self, *, whole: bool) -> None:
-        """The job goes on without this shard, which begins anew: the process where it is told so."""
+        """The job goes on without this shard: it begins anew, as a process if `whole`."""
         self.cluster.saw("a shard is told that it was left out")
         if whole:
             self.kill()

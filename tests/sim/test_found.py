@@ -9,6 +9,7 @@ import torch
 from tests.shard import jobs
 from tests.shard.clusters import Node
 
+from adashard.wire.checksums import extended
 from adashard.wire.control import Freeze, Frozen, Open, PlanRequest
 from adashard.wire.errors import StaleGeneration
 from adashard.wire.frames import read_frame
@@ -128,6 +129,8 @@ def open_with_zeros(shard: Shard, plan: Plan) -> None:
     upload = engine.upload(begin, lambda: True)
     for piece in cut(SPEC):
         count = piece.element_count
-        run = Run(slice=piece.index, start=0, count=count, dtype=DType.FLOAT32)
-        engine.upload_piece(upload, run, memoryview(bytes(4 * count)))
+        zeros = memoryview(bytes(4 * count))
+        checksum = extended(0, zeros)
+        run = Run(slice=piece.index, start=0, count=count, dtype=DType.FLOAT32, checksum=checksum)
+        engine.upload_piece(upload, run, zeros)
     shard.handle(Open(plan=plan))

@@ -93,12 +93,11 @@ def test_a_script_is_shortened_to_the_faults_that_it_takes():
 
 
 def test_no_more_runs_are_tried_than_allowed():
-    tried = 0
+    tried = list[int]()
 
     def fails(part: tuple[Fault, ...]) -> bool:
-        nonlocal tried
-        tried += 1
-        return len(part) % 2 == 0
+        tried.append(len(part))
+        return False
 
     shortest(fails, tuple(Fault(float(number), "kill") for number in range(64)), tries=20)
-    assert tried == 20
+    assert len(tried) == 20

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tests.sim.clockwork import Task
 from tests.sim.history import Gradient, Violation, Weights
 from tests.sim.member import Member
-from tests.sim.network import END, Broken, Stream
 from tests.sim.talks import Talk, Talks
+from tests.sim.uploads import Uploads, by_shard
 
 from adashard.wire.control import (
     Bye,
@@ -33,7 +32,6 @@ from adashard.wire.messages import (
     Plan,
     Record,
     Schedule,
-    UploadBegin,
 )
 from adashard.wire.version import VERSION
 from adashard.worker import Worker
@@ -56,6 +54,7 @@ class SimWorker(Member):
         self.leave_at = leave_at
         self.max_grad_norm = rng.choice([0.0, 0.0, 0.5])
         self.talks = Talks(self)
+        self.uploads = Uploads(self)
         self.promised = 0
         self.incoming: Record | None = None  # of the step that is being taken
         self._gradients = 0
@@ -64,8 +63,6 @@ class SimWorker(Member):
         self._fresh = True  # whether it holds nothing but what it was built with
         self._begun = -1  # the step of which a push may have reached a shard
         self._unchanged = True
-        self._uploading = False
-        self._uploads: tuple[int, set[int]] = (0, set())  # slices that arrived in a generation
         super().__init__(name, cluster)
         self.start(self._train())
 
@@ -124,7 +121,7 @@ class SimWorker(Member):
         return Gradient(self.name, line.version + 1, number, line, values, *self._contents())
 
     def _contents(self) -> tuple[bytes, tuple[int, ...], bool]:
-        """Which parameters have a gradient, which of these is not finite, and whether it is said."""
+        """Which parameters have a gradient, what of it is not finite, and whether that is said."""
         rng, count = self.loop.rng, len(self.cluster.spec.parameters)
         present = [parameter for parameter in range(count) if rng.random() < 0.9]
         poisoned = (rng.choice(present),) if present and rng.random() < 0.03 else ()
@@ -255,7 +252,7 @@ class SimWorker(Member):
             case Freeze(entry=entry):
                 self._freeze(entry)
             case PlanRequest(plan=plan):
-                self._supply(plan)
+                self.uploads.supply(plan)
             case Open(plan=plan):
                 if self.worker.open(plan):
                     self.entry, self.incoming = plan.entry, plan.record
@@ -286,85 +283,3 @@ class SimWorker(Member):
             self.values = [*self.cluster.truth.begin(lineage, values)]
             self.cluster.changed = True
             self._fresh = False
-
-    # --- uploads --------------------------------------------------------------------------------
-
-    def _supply(self, plan: Plan) -> None:
-        """Sends what the plan wants of it, unless that is under way or has arrived (W3)."""
-        self._say_what_is_missing(plan)
-        generation = plan.entry.generation
-        if generation != self._uploads[0]:
-            self._uploads = generation, set()
-            self._uploading = False
-        wanted = self.worker.supplies(plan)
-        left = {index: wanted[index] for index in wanted if index not in self._uploads[1]}
-        if left and not self._uploading:
-            self._uploading = True
-            self.start(self._upload_all(plan, left))
-
-    def _say_what_is_missing(self, plan: Plan) -> None:
-        if self.worker.misses(plan):
-            self.cluster.saw("a plan counts on a copy that is none")
-            self.tell(self.worker.freeze(plan.entry))
-
-    def intact(self, index: int) -> bool:
-        """Whether the weights have still the checksum that they came with."""
-        return index not in self.swapped
-
-    def _upload_all(self, plan: Plan, wanted: dict[int, int]) -> Task:
-        generation, arrived = self._uploads
-        for index in wanted:
-            if not self.intact(index):
-                self.worker.changed(index)
-                self.cluster.changed = True
-        self._say_what_is_missing(plan)
-        left = {index: version for index, version in wanted.items() if self.intact(index)}
-        for shard, indices in by_shard(plan.entry).items():
-            for version in sorted({left[index] for index in indices if index in left}):
-                slices = [index for index in indices if left.get(index) == version]
-                begin = UploadBegin(
-                    job=self.cluster.job,
-                    generation=generation,
-                    sender=self.name,
-                    receiver=shard,
-                    version=version,
-                    state=True,
-                )
-                yield from self._upload(begin, slices, arrived)
-        if self._uploads[0] == generation:
-            self._uploading = False
-
-    def _upload(self, begin: UploadBegin, slices: list[int], arrived: set[int]) -> Task:
-        shard = self.cluster.shards[begin.receiver]
-        stream = Stream(self.cluster.network, self, shard)
-        shard.start(shard.upload(stream))
-        stream.up.send(begin)
-        self.links.asked(shard.name, (begin.generation, "upload"))
-        self.cluster.reached("upload", self)
-        for index in slices:
-            checksum = self.values[index]
-            for run in self.cluster.runs(index):
-                stream.up.send((run, self._content(index), checksum))
-                yield self.loop.rng.uniform(0.0, 0.01)
-        stream.up.send(END)
-        with contextlib.suppress(Broken):
-            if (yield from stream.down.next()) == END:
-                arrived.update(slices)
-            self.links.answered(shard.name)
-        self.links.dropped(shard.name)
-        stream.close()
-
-    def _content(self, index: int) -> Weights | None:
-        """What is read from the parameters, whoever has written them."""
-        held = self.values[index]
-        if held is not None and index in self.swapped:
-            return held._replace(value=~held.value)
-        return held
-
-
-def by_shard(entry: Entry) -> dict[str, list[int]]:
-    """The slices of each shard that has any."""
-    found: dict[str, list[int]] = {}
-    for index, owner in enumerate(entry.placement):
-        found.setdefault(entry.shards[owner].id, []).append(index)
-    return found

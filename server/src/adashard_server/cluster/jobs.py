@@ -11,7 +11,8 @@ from adashard.wire.messages import Entry
 from adashard.wire.placement import CLUSTER_DEFAULT, WORKERS_MAX, first_difference, validate_spec
 from adashard.wire.spec import JobSpec
 from adashard_server.cluster.checkpoints import Checkpoint, Checkpoints
-from adashard_server.cluster.membership import FRESH, Membership, Phase, Start
+from adashard_server.cluster.membership import Membership, Phase
+from adashard_server.cluster.succession import FRESH, Start
 
 JOBS_MAX = 1000
 SHARDS_MAX = 256

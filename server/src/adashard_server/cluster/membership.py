@@ -29,12 +29,14 @@ from adashard.wire.control import (
 )
 from adashard.wire.errors import AdashardError, JobLost, LeaseExpired
 from adashard.wire.messages import Entry, Lineage, Member, Plan
-from adashard.wire.placement import cut
 from adashard.wire.spec import JobSpec
 from adashard_server.cluster.instructions import Announce, HangUp, Instruction, StepDown, Swap, Tell
-from adashard_server.cluster.recovery import CHECKPOINT, Archive, Lost, Stored, reconcile
+from adashard_server.cluster.recovery import CHECKPOINT, Archive, Lost, Stored, rebuilt, reconcile
 from adashard_server.cluster.succession import (
+    FRESH,
+    Start,
     Surroundings,
+    deaths,
     next_placement,
     next_shards,
     next_workers,
@@ -57,22 +59,6 @@ class Phase(enum.Enum):
     MARKING = "marking"
     OPEN = "open"
     LOST = "lost"
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """What a job begins with: the optimizer state of a version, or fresh state of version 0.
-
-    Attributes:
-        version: the steps that have led to it.
-        fingerprint: of the state; empty for fresh state.
-    """
-
-    version: int = 0
-    fingerprint: str = ""
-
-
-FRESH = Start()
 
 
 @dataclass(slots=True)
@@ -295,8 +281,8 @@ class Membership:
         owners = {self.entry.shards[owner].id for owner in self.entry.placement}
         if not owners <= self._ready:
             return []
-        if self.entry.opened:
-            return self._go_open(now)
+        if self.entry.opened and self._plan is not None:
+            return [*rebuilt(self._plan), *self._go_open(now)]
         self.phase = Phase.MARKING
         return [self._write(replace(self.entry, opened=True))]
 
@@ -353,7 +339,7 @@ class Membership:
         if entry.lineage is None:
             entry = replace(entry, lineage=self._new_lineage(entry), opened=False)
         self.phase, self._wanted, self._void, self._said = Phase.SWAPPING, False, False, ""
-        return [self._write(entry)]
+        return [*deaths(self.entry, around, self._gone), self._write(entry)]
 
     def _new_lineage(self, entry: Entry) -> Lineage:
         """Begins with a checkpoint if there is one to begin with, else with a worker's weights.
@@ -400,11 +386,7 @@ class Membership:
             self.stored = self.archive.named(self.entry.job, lineage.checkpoint)
         plan = reconcile(self.entry, self._answers, self.stored.record if self.stored else None)
         if isinstance(plan, Lost):
-            piece = cut(self.entry.spec)[plan.slice_index]
-            name = self.entry.spec.parameters[piece.parameter].name
-            return self.restore(
-                f"nobody holds slice {plan.slice_index} ({name!r}) at step {plan.version} any more"
-            )
+            return self.restore(plan.why(self.entry))
         self._plan, self.phase, self._repeat_at = plan, Phase.PLANNING, now + REPEAT_S
         return self._unanswered()
 

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from adashard.wire.control import Frozen
 from adashard.wire.messages import Entry, Lineage, Plan, Record, Source
+from adashard.wire.placement import cut
+from adashard_server.cluster.instructions import Announce
 
 CHECKPOINT = ""
 """Stands in a plan for the member that holds what a lineage's checkpoint supplies."""
@@ -49,6 +51,13 @@ class Lost:
     slice_index: int
     version: int
 
+    def why(self, entry: Entry) -> str:
+        """The sentence for people."""
+        if self.version < 0:
+            return "nobody holds any of its weights any more"
+        name = entry.spec.parameters[cut(entry.spec)[self.slice_index].parameter].name
+        return f"nobody holds slice {self.slice_index} ({name!r}) at step {self.version} any more"
+
 
 def reconcile(
     entry: Entry, answers: Mapping[str, Frozen], record: Record | None = None
@@ -80,6 +89,16 @@ def reconcile(
         for index in range(len(entry.placement)):
             holders.setdefault(index, {})[CHECKPOINT] = stored
     return _plan(entry, base, known, holders)
+
+
+def rebuilt(plan: Plan) -> list[Announce]:
+    """What of a plan brings back state that a shard has lost; nothing where there is none."""
+    workers = {worker.id for worker in plan.entry.workers}
+    taken = [source.member for source in plan.sources if source.member in workers]
+    if not taken:
+        return []
+    text = f"{len(taken)} slices are rebuilt from the memory of {len(set(taken))} workers"
+    return [Announce(plan.entry.job, "rebuilt", text, {"slices": str(len(taken))})]
 
 
 def _plan(entry: Entry, base: int, record: Record | None, holders: Versions) -> Plan | Lost:

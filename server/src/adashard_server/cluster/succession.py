@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from adashard.wire.messages import Entry, Member
 from adashard.wire.placement import cut
+from adashard_server.cluster.instructions import Announce
 from adashard_server.cluster.planner import place
 
 
@@ -27,6 +28,44 @@ class Surroundings:
     silent: frozenset[str] = frozenset()
     given_up: frozenset[str] = frozenset()
     min_shards: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a job begins with: the optimizer state of a version, or fresh state of version 0.
+
+    Attributes:
+        version: the steps that have led to it.
+        fingerprint: of the state; empty for fresh state.
+    """
+
+    version: int = 0
+    fingerprint: str = ""
+
+
+FRESH = Start()
+
+
+def deaths(entry: Entry, around: Surroundings, gone: Collection[str]) -> list[Announce]:
+    """Who is not in the next generation because it has died.
+
+    Args:
+        entry: the generation before.
+        around: who is there.
+        gone: ids of workers that have left it properly.
+    """
+    job = entry.job
+    workers = [
+        Announce(job, "died", f"worker {one.id} (rank {one.rank}) is gone", {"worker": one.id})
+        for one in entry.workers
+        if one.id in around.dead and one.id not in gone
+    ]
+    shards = [
+        Announce(job, "died", f"shard {one.id} is gone", {"shard": one.id})
+        for one in entry.shards
+        if one.id in around.dead
+    ]
+    return workers + shards
 
 
 def next_workers(

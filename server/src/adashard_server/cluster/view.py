@@ -177,9 +177,10 @@ class CoordinatorView:
         state: dict[str, int] = {}
         by_shard: dict[str, int] = {}
         weights = 0
+        dead = self._coordinator.leases.dead(self._clock())
         for member, contact in self._coordinator.contacts.items():
             holding = contact.holdings.get(job)
-            if holding is None:
+            if holding is None or member in dead:
                 continue
             weights += holding.weight_bytes
             by_shard[member] = sum(holding.state_bytes.values())

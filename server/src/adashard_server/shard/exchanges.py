@@ -113,6 +113,7 @@ class Exchanges:
     _findings: dict[int, Finding] = field(default_factory=dict)
     _own: dict[Exchange, Report] = field(default_factory=dict)
     _reports: dict[Exchange, dict[str, Report]] = field(default_factory=dict)
+    _believed: set[tuple[Exchange, str]] = field(default_factory=set)  # their partials were read
 
     @property
     def mine(self) -> tuple[int, ...]:
@@ -165,7 +166,8 @@ class Exchanges:
 
     def take(self, report: Report) -> list[Instruction]:
         """Another shard's report, checked, which may come before this one is as far."""
-        self._reports.setdefault(report.exchange, {})[report.sender] = report
+        if (report.exchange, report.sender) not in self._believed:
+            self._reports.setdefault(report.exchange, {})[report.sender] = report
         return self._go_on(())
 
     @property
@@ -321,8 +323,12 @@ class Exchanges:
         assert self._draft is not None
         exchange, refused = self._list[0], list[Instruction]()
         for sender, report in list(self._reports[exchange].items()):
+            if (exchange, sender) in self._believed:
+                continue
             expected = self.held.partial_nodes(sender, exchange, self._draft.present)
-            if report.finite and not self._fit(report, expected):
+            if not report.finite or self._fit(report, expected):
+                self._believed.add((exchange, sender))
+            else:
                 del self._reports[exchange][sender]
                 refused.append(Refuse(sender, "its partials are not those of the step"))
         return refused
