@@ -52,6 +52,7 @@ class OneThread:
         )
         self._slices = cut(self._spec)
         self._store = SliceStore(self._spec, self._slices, torch.device("cpu"))
+        self._holdings: dict[int, Holdings] = {}
         self._exchanges: dict[str, Exchanges] = {}
         self._step = 0
         generator = torch.Generator().manual_seed(0)
@@ -64,8 +65,7 @@ class OneThread:
 
     def step_s(self, shard_count: int) -> float:
         """Processor seconds of a step on so many shards, from full sums to new weights."""
-        held = self._holdings(shard_count)
-        assert held.nodes  # known before the step, like all that belongs to a generation
+        held = self._holdings.setdefault(shard_count, self._held(shard_count))
         began = time.thread_time()
         self._step += 1
         begin, counts = self._begin(), (self._step - 1,)
@@ -82,7 +82,8 @@ class OneThread:
                 self._store.apply(index, exchanges.record)
         return time.thread_time() - began
 
-    def _holdings(self, shard_count: int) -> Holdings:
+    def _held(self, shard_count: int) -> Holdings:
+        """Who holds what, in a generation that has taken steps before."""
         names = [f"shard-{number}" for number in range(shard_count)]
         entry = Entry(
             job="job",
@@ -93,7 +94,10 @@ class OneThread:
             shards=tuple(Member(id=name) for name in names),
             placement=place(self._slices, names),
         )
-        return holdings(entry, self._slices)
+        held = holdings(entry, self._slices)
+        assert held.nodes  # is worked out when it is first asked for
+        assert not held.clamps
+        return held
 
     def _begin(self) -> Begin:
         scalars = Schedule(

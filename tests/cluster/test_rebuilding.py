@@ -86,7 +86,7 @@ def test_it_is_told_who_has_died_and_what_was_rebuilt_from_whom():
     assert len(plans["w0"].plan.sources) == lost
     said = [one for one in scene.planned() if isinstance(one, Announce)]
     assert [one.name for one in said] == ["rebuilt", "open"]
-    assert said[0].text == f"{lost} slices are rebuilt from the memory of 1 workers"
+    assert said[0].text == f"{lost} slices are rebuilt from the memory of worker w0"
 
 
 def test_the_first_weights_of_a_job_are_not_told_as_rebuilt():

@@ -36,7 +36,13 @@ def test_a_running_process_knows_the_version_that_is_installed(client: dict[str,
 
 
 def test_the_public_names_are_these() -> None:
-    assert set(adashard.__all__) == {"Adafactor", "AdashardError", "RemoteOptimizer", "__version__"}
+    assert set(adashard.__all__) == {
+        "Adafactor",
+        "AdashardError",
+        "GradScaler",
+        "RemoteOptimizer",
+        "__version__",
+    }
 
 
 def test_the_server_depends_on_the_client_of_its_own_version(server: dict[str, object]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from tests.sim.clockwork import Loop, Process
 from tests.sim.coordinator import SimCoordinator, SimRegistry
+from tests.sim.disk import Disk
 from tests.sim.faults import FAMILIES, Faults, Script
 from tests.sim.history import Violation
 from tests.sim.member import Member
@@ -87,6 +88,7 @@ class Cluster:
         self.shard_count = rng.randint(1, 3)
         self.apply_s = rng.choice([0.0, 0.03, 0.2])  # what a slice's step takes, now and then
         self.durable = rng.random() < 0.5 if kind.durable is None else kind.durable
+        self.disk = Disk(self, every_steps=rng.choice([0, 0, 1, 3]))
         self.coordinators: list[SimCoordinator] = []
         self.shards: dict[str, SimShard] = {}
         self.workers: list[SimWorker] = []
@@ -154,9 +156,6 @@ class Cluster:
         """Faults are over: whoever lives takes some more steps, and who is needed comes back."""
         self.faults.healed()
         self.network.heal()
-        for stream in [*self.network.streams]:
-            if stream.server in self.live_coordinators()[:-1]:
-                stream.cut()  # whoever began a second one has ended the first by now
         if not self.live_coordinators():
             self.begin_coordinator()
         while len(self.live_shards()) < (1 if self._open else self.shard_count):
@@ -262,9 +261,10 @@ class Cluster:
             entry = coordinator.coordinator.jobs[self.job].entry
             self._open = entry.generation
             self._took_part.update(worker.id for worker in entry.workers)
-        if name == "lost":
+        if name in ("lost", "restored"):
             self._check_lost(text)
-            self.lost = True
+            self.saw(f"a job is {name}")
+            self.lost = name == "lost"
 
     def opened(self, generation: int = 1) -> bool:
         """Whether a generation was opened, this or a later one."""
@@ -360,7 +360,6 @@ class Cluster:
         """A job is lost only if every holder of some slice is gone."""
         if self.kind.keeps:
             raise Violation(f"a job was lost though nothing that it needs was killed: {text}")
-        self.saw("a job is lost")
         entry = self.registry.newest
         assert entry is not None
         assert entry.lineage is not None

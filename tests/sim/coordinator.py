@@ -15,8 +15,12 @@ from adashard.wire.messages import Entry, Plan
 from adashard_server.cluster.coordinator import Coordinator, refusal
 from adashard_server.cluster.instructions import (
     Announce,
+    Commit,
+    Discard,
     HangUp,
     Instruction,
+    Keep,
+    Remove,
     StepDown,
     Swap,
     Tell,
@@ -45,6 +49,9 @@ class SimRegistry(Process):
     def entry(self) -> Entry | None:
         return self._entries.read(self._cluster.job)
 
+    def reaches(self, caller: Process) -> bool:
+        return self._cluster.network.parted_until(caller, self) <= self.loop.now
+
     def forget(self) -> None:
         """It was in a coordinator's memory, and that has died."""
         self._entries = MemoryRegistry()
@@ -63,7 +70,7 @@ class SimRegistry(Process):
             answer = None if network.mishap(0.1) else (done, None if done else self.entry)
             caller.after(network.delay_s(), lambda: answered(answer))
 
-        if network.parted_until(caller, self) > self.loop.now or network.mishap(0.05):
+        if not self.reaches(caller) or network.mishap(0.05):
             caller.after(RETRY_S, lambda: answered(None))
         else:
             self.after(network.delay_s(), write)
@@ -84,12 +91,14 @@ class SimCoordinator(Process):
             min_shards=cluster.shard_count,
             token="",
             alone=not cluster.durable,
+            checkpoints=cluster.disk.checkpoints(),
             now=self.loop.now,
         )
         self._streams: dict[str, Stream] = {}
         self._answers: dict[str, Frozen] = {}
         self._planned: Plan | None = None
         self.start(self.every(TICK_S, self._tick))
+        self.start(self._look_up())
 
     def serve(self, stream: Stream) -> Task:
         """One member's control stream, from its hello on."""
@@ -151,10 +160,28 @@ class SimCoordinator(Process):
                 case Swap():
                     self._watch(instruction)
                     self.start(self._swap(instruction))
+                case Commit() | Discard() | Remove():
+                    self._keep(instruction)
                 case Announce(name=name, text=text):
                     self.cluster.announced(self, name, text)
                 case StepDown(reason=reason):
                     self.cluster.steps_down(self, reason)
+
+    def _keep(self, keep: Keep) -> None:
+        def stored() -> None:
+            assert isinstance(keep, Commit)
+            self._carry_out(self.coordinator.cuttings.stored(keep, None))
+
+        self.cluster.disk.keep(self, keep, stored)
+
+    def _look_up(self) -> Task:
+        """Looks now and then whether the registry holds what this coordinator has written."""
+        while True:
+            yield self.cluster.leases.lease_s / 3
+            if self.registry.reaches(self):
+                yield self.cluster.network.delay_s()
+                stored = self.registry.entry
+                self._carry_out(self.coordinator.looked_up(self.cluster.job, stored))
 
     def _tell(self, member: str, message: object) -> None:
         self.cluster.trace("%s tells %s %s", self.name, member, message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from tests.sim.clockwork import Task
+from tests.sim.disk import SimSnapshots
 from tests.sim.history import Gradient, Violation, Weights
 from tests.sim.member import Member
 from tests.sim.network import END, Broken, Stream
@@ -21,6 +22,7 @@ from adashard.wire.control import (
     PlanRequest,
     Renewal,
     ShardHello,
+    SnapshotRequest,
     Stale,
     Standing,
 )
@@ -61,6 +63,7 @@ class SimShard(Member):
         super().__init__(name, cluster)
         self.rounds = Rounds(name)
         self.slices = SimSlices(name, cluster.truth)
+        self.snapshots = SimSnapshots(self)
         self._streams: dict[str, Begin] = {}
         self._promised = 0
         self.start(self.every(REPEAT_S, self._repeat))
@@ -92,6 +95,8 @@ class SimShard(Member):
                     self._plan(plan)
                 case Open(plan=plan):
                     self._open(plan)
+                case SnapshotRequest():
+                    self.start(self.snapshots.run(message))
                 case Bye(job=job):
                     self._left_out(whole=not job)
         except StaleGeneration:
@@ -106,6 +111,7 @@ class SimShard(Member):
         else:
             self.rounds, self.entry = Rounds(self.name), None
             self.slices = SimSlices(self.name, self.cluster.truth)
+            self.snapshots.void()
             self._streams.clear()
 
     def _freeze(self, freeze: Freeze) -> None:
@@ -114,6 +120,7 @@ class SimShard(Member):
             self._promised = freeze.entry.generation
             self.entry = freeze.entry
             self._streams.clear()
+            self.snapshots.void()
             if self.rounds.owed:
                 self.cluster.saw("frozen in the middle of a commit")
         self.tell(answer)
@@ -122,8 +129,19 @@ class SimShard(Member):
     def _plan(self, plan: Plan) -> None:
         self.rounds.plan(plan)
         self._settle_all()
+        self._restore(plan)
         self.cluster.changed = True
         self._say_if_planned(plan.entry.generation)
+
+    def _restore(self, plan: Plan) -> None:
+        """Reads what the lineage's checkpoint supplies."""
+        lineage, disk = plan.entry.lineage, self.cluster.disk
+        for source in plan.sources:
+            index = source.slice
+            here = not source.member and index in self.rounds.mine
+            if lineage and here and self.rounds.lacks(index, source.version):
+                self.slices.weights[index] = disk.restored(lineage, index)
+                self.rounds.uploaded(index, source.version)
 
     def _open(self, plan: Plan) -> None:
         self._carry_out(self.rounds.open(plan))
@@ -199,7 +217,7 @@ class SimShard(Member):
             yield self.loop.rng.choice([0.0, self.cluster.apply_s])
             yield lambda index=index: self._over(begin) or not self.rounds.awaits(index)
             self._check_stream(begin)
-            self._settle(index)
+            self.settle(index)
             if one_behind and not self.rounds.updates(index):
                 stream.down.send((Run(slice=index, start=0, count=0, dtype=DType.FLOAT32), None))
                 continue
@@ -268,6 +286,7 @@ class SimShard(Member):
                     self.cluster.trace("%s commits %s", self.name, record)
                     if self.rounds.promised < self._promised:
                         raise Violation(f"{self.name} commits in a generation that it has closed")
+                    self.snapshots.committed(record)
                     self.cluster.reached("commit", self)
                 case Degraded():
                     self.cluster.degraded(self, instruction)
@@ -312,11 +331,13 @@ class SimShard(Member):
 
     def _settle_all(self) -> None:
         for index in self.rounds.payable:
-            self._settle(index)
+            self.settle(index)
 
-    def _settle(self, index: int) -> None:
+    def settle(self, index: int) -> None:
+        """Has a slice take the step that it owes, if it owes one now."""
         if self.rounds.owes(index):
             member = self.cluster.is_member(self.name)
+            self.snapshots.take(index)
             self.slices.apply(index, self.rounds, member=member)
             self.rounds.applied(index)
             self.cluster.changed = True

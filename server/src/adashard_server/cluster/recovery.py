@@ -97,7 +97,9 @@ def rebuilt(plan: Plan) -> list[Announce]:
     taken = [source.member for source in plan.sources if source.member in workers]
     if not taken:
         return []
-    text = f"{len(taken)} slices are rebuilt from the memory of {len(set(taken))} workers"
+    count = len(set(taken))
+    whose = f"{count} workers" if count > 1 else f"worker {taken[0]}"
+    text = f"{len(taken)} slices are rebuilt from the memory of {whose}"
     return [Announce(plan.entry.job, "rebuilt", text, {"slices": str(len(taken))})]
 
 
