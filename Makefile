@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_ARGS ?=
 TEST_ARGS ?=
+SOAK_ARGS ?=
+FAULTS_ARGS ?=
+SEEDS ?= 10000
 # Files of tests are spread over so many processes; 0 for this one alone, to debug in.
 TEST_PROCESSES ?= 2
 # The release that everything is tested with; a line of options for pip may follow it.
@@ -13,7 +16,7 @@ TORCH ?= torch==2.13.0
 # Demo and tests run several processes of torch on one machine; a thread per core in each is too many.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-all test-compose check format protos protos-check pages constraints clean
+.PHONY: help setup demo test test-all sim faults soak test-compose check format protos protos-check pages constraints clean
 
 help: ## What can be made.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -36,6 +39,15 @@ test: setup ## The tests, without the slow ones. TEST_ARGS='tests/shard -x'
 
 test-all: setup ## All tests, also those that take minutes or gigabytes.
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+sim: setup ## Whole clusters of the decisions in virtual time, with faults. SEEDS=100000
+	$(BIN)/python -m tests.sim --seeds $(SEEDS)
+
+faults: setup ## Kills every process at every point of a step; the bits must stay. Takes 15 minutes.
+	$(BIN)/python benchmarks/faults.py $(FAULTS_ARGS)
+
+soak: setup ## A training whose processes are killed at random. SOAK_ARGS='--minutes 2'
+	$(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
 
 test-compose: ## Builds the images and trains through the stack of docker-compose.yml.
 	docker/test-compose.sh

@@ -34,6 +34,7 @@ def a_job(name="demo", **changes):
             element_count=1_300_000,
             slice_count=27,
             slice_bytes=4 << 20,
+            recovery="workers",
             weight_bytes=5_200_000,
             state_bytes={"row": 9_000, "column": 12_000, "vector": 3_000},
             state_bytes_by_shard={"shard-0": 12_500, "shard-1": 11_500},

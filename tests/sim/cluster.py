@@ -88,7 +88,7 @@ class Cluster:
         self.shard_count = rng.randint(1, 3)
         self.apply_s = rng.choice([0.0, 0.03, 0.2])  # what a slice's step takes, now and then
         self.durable = rng.random() < 0.5 if kind.durable is None else kind.durable
-        self.disk = Disk(self, every_steps=rng.choice([0, 0, 1, 3]))
+        self.disk = Disk(self, every_steps=rng.choice([1, 1, 3] if kind.checkpoints else [0, 0, 1, 3]))
         self.coordinators: list[SimCoordinator] = []
         self.shards: dict[str, SimShard] = {}
         self.workers: list[SimWorker] = []
@@ -158,6 +158,9 @@ class Cluster:
         self.network.heal()
         if not self.live_coordinators():
             self.begin_coordinator()
+        if self.registry.newest is None:  # two that never write would never hear of each other
+            for coordinator in self.live_coordinators()[:-1]:
+                coordinator.kill()
         while len(self.live_shards()) < (1 if self._open else self.shard_count):
             self.begin_shard()
         while sum(one.leave_at is None for one in self.live_workers()) < self.spec.min_workers:
@@ -263,6 +266,8 @@ class Cluster:
             self._took_part.update(worker.id for worker in entry.workers)
         if name in ("lost", "restored"):
             self._check_lost(text)
+            if name == "lost" and self.disk.count:
+                raise Violation(f"a job was lost though there are checkpoints: {text}")
             self.saw(f"a job is {name}")
             self.lost = name == "lost"
 

@@ -32,6 +32,11 @@ class Disk(Process):
         self._attempts: dict[str, Slices] = {}
         self._complete: dict[str, tuple[Checkpoint, Slices]] = {}
 
+    @property
+    def count(self) -> int:
+        """How many complete checkpoints there are."""
+        return len(self._complete)
+
     def checkpoints(self) -> Checkpoints:
         """What a coordinator finds when it starts."""
         known = [checkpoint for checkpoint, _ in self._complete.values()]

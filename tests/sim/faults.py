@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
 KILL, PAUSE, PART = "kill", "pause", "part"
-KILL_SHARDS = "kill all shards"
+KILL_SHARDS, POWER_LOSS = "kill all shards", "power loss"
 JOIN, LEAVE, ADD_SHARD = "join", "leave", "add a shard"
 BREAK_CONTROL, BREAK_DATA, LOSE_ANSWERS = "break control", "break data", "lose answers"
 HEAL = "heal"  # no fault, but the end of them
@@ -53,6 +53,7 @@ class Family:
         rough: whether the network loses, doubles and delays.
         durable: whether the registry outlives the coordinator; None for either.
         leaves: whether workers may be told to leave by themselves.
+        checkpoints: whether there always are some; otherwise in half of the runs.
         keeps: promises that nothing is lost and no step degraded.
         often: how often, against other families.
         weight: how many of all seeds are of this family, in proportion.
@@ -64,6 +65,7 @@ class Family:
     rough: bool = True
     durable: bool | None = None
     leaves: bool = True
+    checkpoints: bool = False
     keeps: bool = False
     often: float = 1.0
     weight: int = 2
@@ -94,6 +96,13 @@ FAMILIES: dict[str, Family] = {
     "links": Family(kinds={SEVER: 1}, most=2, durable=True),
     "swaps": Family(
         kinds={KILL: 2, KILL_SHARDS: 1, SWAP_WEIGHTS: 3}, roles=("shard",), leaves=False, often=2
+    ),
+    "disasters": Family(
+        kinds={POWER_LOSS: 3, KILL: 2, KILL_SHARDS: 1, JOIN: 1},
+        most=4,
+        durable=True,
+        checkpoints=True,
+        often=0.5,
     ),
     "kills": Family(kinds={KILL: 8, KILL_SHARDS: 1, JOIN: 3, LEAVE: 1, ADD_SHARD: 1}, weight=5),
     "storm": Family(
@@ -138,7 +147,7 @@ class Faults:
         self._aimed = rng.choice([0.02, 0.05, 0.15])
         ends = [fault.at_s for fault in script or () if fault.kind == HEAL]
         self.until_s = rng.uniform(1.0, 4.0) if family.most else 1.0
-        self._waits = rng.random() < 0.8  # for the job to have begun
+        self._waits = rng.random() < 0.8  # for what may be lost
         if ends:
             self.until_s = math.nextafter(ends[0], 0.0)
         for fault in script or ():
@@ -160,7 +169,8 @@ class Faults:
     def _expect(self, process: Process | None, delay_s: float) -> None:
         """Has a fault happen between this event and the next, or a little later."""
         loop, clock = self._cluster.loop, self._cluster.clock
-        if self._waits and not self._cluster.opened():
+        begun = self._cluster.disk.count if self._family.checkpoints else self._cluster.opened()
+        if self._waits and not begun:
             return
         time_s = math.nextafter(loop.now + delay_s, math.inf)
         if time_s < self.until_s:
@@ -218,6 +228,9 @@ class Faults:
             case "kill all shards":
                 for name in [name for name in living if name.startswith("shard")]:
                     self._kill(living[name], fault.value)
+            case "power loss":
+                for process in living.values():
+                    self._kill(process, fault.value / 2)
             case "pause" if fault.target in living:
                 duration_s = cluster.leases.lease_s * (0.05 + 1.6 * fault.value)
                 living[fault.target].pause(duration_s)

@@ -34,7 +34,21 @@ from adashard_server.telemetry.outliers import Outlier, Outliers
 log = logging.getLogger("adashard.membership")
 
 _STOP_S = 1.0
-_LEVELS = {"lost": logging.ERROR, FAILED: logging.WARNING, CHECKPOINT_UNREADABLE: logging.WARNING}
+_WARNED_OF = (
+    "died",
+    "degraded",
+    "restored",
+    "rounded",
+    "changed",
+    "evicted",
+    "not_finite",
+    "outlier",
+    "registry_gone",
+    "registry_lost",
+    FAILED,
+    CHECKPOINT_UNREADABLE,
+)
+_LEVELS = {"lost": logging.ERROR, **dict.fromkeys(_WARNED_OF, logging.WARNING)}
 
 
 class CoordinatorProcess:

@@ -29,7 +29,7 @@ from adashard.wire.control import (
 )
 from adashard.wire.errors import AdashardError, JobLost, LeaseExpired
 from adashard.wire.messages import Entry, Lineage, Member, Plan
-from adashard.wire.spec import JobSpec
+from adashard.wire.spec import JobSpec, Recovery
 from adashard_server.cluster.instructions import Announce, HangUp, Instruction, StepDown, Swap, Tell
 from adashard_server.cluster.recovery import CHECKPOINT, Archive, Lost, Stored, rebuilt, reconcile
 from adashard_server.cluster.succession import (
@@ -238,7 +238,7 @@ class Membership:
         if marking:
             assert self._plan is not None
             self._plan = replace(self._plan, entry=pending)
-            return self._go_open(now)
+            return [self._says_recovery(), *self._go_open(now)]
         placed = {worker.id for worker in pending.workers}
         self.joiners = [joiner for joiner in self.joiners if joiner not in placed]
         self.phase, self._repeat_at = Phase.FREEZING, now + REPEAT_S
@@ -420,6 +420,13 @@ class Membership:
             instructions += self._bye(worker, error)
         self.joiners.clear()
         return instructions
+
+    def _says_recovery(self) -> Announce:
+        spec = self.entry.spec
+        source = "workers" if spec.recovery is Recovery.WORKERS else "checkpoint"
+        whence = "any worker's memory" if source == "workers" else "the newest checkpoint"
+        text = f"a shard that dies is rebuilt from {whence}"
+        return Announce(self.entry.job, "recovery", text, {"recovery": source})
 
     def _go_open(self, now: float) -> list[Instruction]:
         self.phase, self._opened, self._repeat_at = Phase.OPEN, set(), now + REPEAT_S

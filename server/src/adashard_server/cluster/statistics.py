@@ -59,6 +59,7 @@ class JobStatistics:
     element_count: int
     slice_count: int
     slice_bytes: int
+    recovery: Literal["workers", "checkpoint"]
     weight_bytes: int
     state_bytes: Mapping[str, int]
     state_bytes_by_shard: Mapping[str, int]

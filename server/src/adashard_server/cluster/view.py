@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from adashard.wire.placement import cut
+from adashard.wire.spec import Recovery
 from adashard.wire.version import VERSION
 from adashard_server.cluster.coordinator import Contact, Coordinator
 from adashard_server.cluster.membership import Membership, Phase
@@ -166,6 +167,7 @@ class CoordinatorView:
             element_count=elements,
             slice_count=len(slices),
             slice_bytes=spec.slice_bytes,
+            recovery="workers" if spec.recovery is Recovery.WORKERS else "checkpoint",
             weight_bytes=weights,
             state_bytes=state,
             state_bytes_by_shard=by_shard,

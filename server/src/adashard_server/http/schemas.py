@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -184,6 +184,9 @@ class Job(Schema):
     element_count: int = Field(description="Numbers in these tensors.")
     slice_count: int
     slice_bytes: int = Field(description="Size above which a parameter is cut, in float32 bytes.")
+    recovery: Literal["workers", "checkpoint"] = Field(
+        description="Where the state of a dead shard comes from."
+    )
     weight_bytes: Bytes = Field(description="float32 weights on all shards.")
     state_bytes: Bytes = Field(description="Optimizer state on all shards.")
     adam_bytes: Bytes = Field(description="What Adam would hold as optimizer state.")
