@@ -271,6 +271,24 @@ def test_a_member_that_died_and_is_in_no_generation_is_forgotten():
     assert "shard-01" not in bench.coordinator.contacts
 
 
+def test_a_worker_that_dies_while_it_waits_for_a_registry_is_in_no_generation():
+    bench = Bench.opened("worker-0")
+    bench.hello(a_worker("worker-1"))
+    assert any(isinstance(one, Swap) for one in bench.tick())  # and nobody answers
+    bench.hello(a_worker("worker-2"))
+    bench.coordinator.detached("worker-2", bench.now)
+    for _ in range(20):
+        bench.tick(1.0)
+        bench.renews("worker-0")
+        bench.renews("worker-1", generation=0)
+        bench.says("shard-00", Renewal())
+    bench.coordinator.swapped("job", True, None, bench.now)
+    bench.tick()
+    members = {member.id for member in bench.coordinator.jobs["job"].members}
+    assert members == {"worker-0", "worker-1", "shard-00"}
+    assert bench.coordinator.jobs["job"].joiners == []
+
+
 def test_a_worker_that_was_taken_for_dead_while_it_waited_joins_when_it_is_heard_again():
     bench = Bench()
     bench.hello(a_worker())

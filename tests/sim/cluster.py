@@ -13,18 +13,17 @@ from tests.sim.faults import FAMILIES, Faults, Script
 from tests.sim.history import Violation
 from tests.sim.member import Member
 from tests.sim.network import Network, Stream
+from tests.sim.promises import Promises
 from tests.sim.shard import SimShard
 from tests.sim.truth import Truth
 from tests.sim.worker import SimWorker
 
-from adashard.wire.control import Bye
-from adashard.wire.errors import AdashardError, InvalidRequest, JobLost, LeaseExpired
-from adashard.wire.messages import Entry, Run
+from adashard.wire.errors import AdashardError
+from adashard.wire.messages import Run
 from adashard.wire.placement import SLICE_BYTES_MIN, cut
 from adashard.wire.spec import AdafactorLayout, DType, EpsPlacement, Group, JobSpec, Parameter
 from adashard_server.cluster.leases import LeaseSettings
 from adashard_server.shard.instructions import Degraded
-from adashard_server.shard.rounds import Rounds
 
 LEASES = LeaseSettings(lease_s=4.0, grace_s=1.5, renew_s=0.5, replace_after_s=2.0)
 PATIENCE_S = 60.0  # after the last fault, within which every worker takes its steps
@@ -88,13 +87,11 @@ class Cluster:
         self.shard_count = rng.randint(1, 3)
         self.apply_s = rng.choice([0.0, 0.03, 0.2])  # what a slice's step takes, now and then
         self.durable = rng.random() < 0.5 if kind.durable is None else kind.durable
-        self.disk = Disk(self, every_steps=rng.choice([1, 1, 3] if kind.checkpoints else [0, 0, 1, 3]))
+        self.disk = Disk(self, every_steps=rng.choice(kind.every_steps))
         self.coordinators: list[SimCoordinator] = []
         self.shards: dict[str, SimShard] = {}
         self.workers: list[SimWorker] = []
-        self._orders: dict[int, tuple[str, ...]] = {}
-        self._ranks: dict[str, int] = {}
-        self._took_part: set[str] = set()  # workers that were in an open generation
+        self.promises = Promises(self)
         self._target: int | None = None
         self._open = 0
         self.faults = Faults(self, seed, kind, script)
@@ -124,8 +121,10 @@ class Cluster:
             elif loop.now > faults.until_s + PATIENCE_S:
                 raise Violation(self._stuck())
             if self.changed:
-                self._check()
-        self._check_rest()
+                self.changed = False
+                self.promises.copies()
+        if not self.lost:
+            self.promises.rest()
 
     def trace(self, text: str, *facts: object) -> None:
         if self.lines is not None:
@@ -259,17 +258,16 @@ class Cluster:
     # --- what is told ---------------------------------------------------------------------------
 
     def announced(self, coordinator: SimCoordinator, name: str, text: str) -> None:
+        """A coordinator tells people something."""
         self.trace("EVENT %s: %s", name, text)
         if name == "open":
             entry = coordinator.coordinator.jobs[self.job].entry
             self._open = entry.generation
-            self._took_part.update(worker.id for worker in entry.workers)
+            self.promises.opened(entry)
         if name in ("lost", "restored"):
-            self._check_lost(text)
-            if name == "lost" and self.disk.count:
-                raise Violation(f"a job was lost though there are checkpoints: {text}")
-            self.saw(f"a job is {name}")
             self.lost = name == "lost"
+            self.promises.lost(text, wholly=self.lost)
+            self.saw(f"a job is {name}")
 
     def opened(self, generation: int = 1) -> bool:
         """Whether a generation was opened, this or a later one."""
@@ -284,102 +282,16 @@ class Cluster:
         coordinator.kill()
         self.clock.after(0.5, self.begin_coordinator)
 
-    def degraded(self, shard: SimShard, instruction: Degraded) -> None:
-        self.trace("EVENT degraded on %s: %s", shard.name, instruction)
+    def degraded(self, shard: SimShard, told: Degraded) -> None:
+        """A shard finishes a step without a worker that has gone."""
+        self.trace("EVENT degraded on %s: %s", shard.name, told)
         self.saw("a degraded step")
-        if self.kind.keeps:
-            raise Violation(f"step {instruction.step} is degraded though no worker died")
-        for worker in instruction.gone:
-            if self.is_member(worker):
-                raise Violation(f"{worker} is called gone and is not")
+        self.promises.degraded(told)
 
     def ended(self, worker: SimWorker, error: AdashardError) -> None:
         """A worker's session ends with an error."""
         self.trace("%s ends: %s", worker.name, error)
-        left_out = (LeaseExpired, InvalidRequest)  # the latter where it was forgotten as well
-        expected = isinstance(error, left_out) and not self.kind.keeps
-        if not expected and not (isinstance(error, JobLost) and self.lost):
-            raise Violation(f"{worker.name} is refused, without fault of its own: {error}")
+        self.promises.ended(worker, error)
         self.saw("a worker is told that it was left out")
         if len(self.live_workers()) <= self.spec.min_workers:
             self.clock.after(0.5, self.begin_worker)  # as it does whose job needs it
-
-    # --- what must hold -------------------------------------------------------------------------
-
-    def check_entry(self, entry: Entry) -> None:
-        """Ranks ascend, and are neither changed nor given again (G2).
-
-        A worker that was left out before it had a part in any step is as good as a new one.
-        """
-        for worker in entry.workers:
-            known = self._ranks.get(worker.id)
-            if known == worker.rank:
-                continue
-            if known is not None and worker.id in self._took_part:
-                raise Violation(f"rank of {worker.id} changes to {worker.rank}")
-            taken = (self._ranks[one] for one in self._took_part)
-            if worker.rank <= max(taken, default=-1):
-                raise Violation(f"rank {worker.rank} of {worker.id} is not above all others")
-            self._ranks[worker.id] = worker.rank
-        self.changed = True
-
-    def check_order(self, rounds: Rounds) -> None:
-        """All shards of a generation sum the same workers."""
-        order = self._orders.setdefault(rounds.promised, rounds.order)
-        if order != rounds.order:
-            raise Violation(f"{rounds.shard} sums {rounds.order} in a generation of {order}")
-
-    def check_told(self, coordinator: SimCoordinator, member: str, message: object) -> None:
-        """A leaver goes only when nobody who stays has less than it (C8)."""
-        if not isinstance(message, Bye) or message.error is not None:
-            return
-        held = {one.name: one.worker.version for one in self.live_workers()}
-        if member not in held or not self.is_member(member):
-            return
-        self.saw("a leaver is let go")
-        for other in coordinator.coordinator.jobs[self.job].entry.workers:
-            stays = other.id != member and not other.leaving
-            if stays and held.get(other.id, held[member]) < held[member]:
-                raise Violation(f"{member} is let go before {other.id} has its version")
-
-    def check_took(self, worker: SimWorker) -> None:
-        """A worker that has taken a step holds one version of one lineage, and its record."""
-        version, record = worker.worker.version, worker.worker.record
-        lines = {weights.line for weights in worker.values if weights is not None}
-        if len(lines) != 1 or None in worker.values or lines.pop().version != version:
-            raise Violation(f"{worker.name} took step {version} and holds {worker.values}")
-        if version > 0 and (record is None or record.step != version):
-            raise Violation(f"{worker.name} at {version} has the record {record}")
-
-    def _check(self) -> None:
-        """All copies of living members are of one history."""
-        self.changed = False
-        entry = self.registry.newest
-        if entry is None or entry.lineage is None:
-            return
-        names = {one.id for one in (*entry.workers, *entry.shards)}
-        held = {one.name: one.copies() for one in self.members() if one.name in names}
-        self.truth.agree(entry.lineage.number, held)
-
-    def _check_lost(self, text: str) -> None:
-        """A job is lost only if every holder of some slice is gone."""
-        if self.kind.keeps:
-            raise Violation(f"a job was lost though nothing that it needs was killed: {text}")
-        entry = self.registry.newest
-        assert entry is not None
-        assert entry.lineage is not None
-        newest = dict.fromkeys(range(len(self.truth.slices)), -1)
-        for one in self.members():
-            for index, weights in one.copies().items():
-                if weights.line.lineage == entry.lineage.number and self.is_member(one.name):
-                    newest[index] = max(newest[index], weights.version)
-        if min(newest.values()) >= max(0, max(newest.values()) - 1):
-            raise Violation(f"a job was lost though its members hold all of it: {text}")
-
-    def _check_rest(self) -> None:
-        """At rest all copies are of one version, apart from what is still being sent."""
-        if self.lost:
-            return
-        for worker in self.live_workers():
-            if worker.leave_at is None and worker.ended is None:
-                self.check_took(worker)

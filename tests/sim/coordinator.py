@@ -66,7 +66,8 @@ class SimRegistry(Process):
             done = self._entries.swap(swap.entry, expected=swap.expected)
             if done:
                 self.newest = swap.entry
-                self._cluster.check_entry(swap.entry)
+                self._cluster.promises.wrote(swap.entry)
+                self._cluster.changed = True
             answer = None if network.mishap(0.1) else (done, None if done else self.entry)
             caller.after(network.delay_s(), lambda: answered(answer))
 
@@ -185,7 +186,9 @@ class SimCoordinator(Process):
 
     def _tell(self, member: str, message: object) -> None:
         self.cluster.trace("%s tells %s %s", self.name, member, message)
-        self.cluster.check_told(self, member, message)
+        if self.cluster.job in self.coordinator.jobs:
+            entry = self.coordinator.jobs[self.cluster.job].entry
+            self.cluster.promises.told(entry, member, message)
         if isinstance(message, PlanRequest) and message.plan is not self._planned:
             self._planned = message.plan
             generation = message.plan.entry.generation

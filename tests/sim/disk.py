@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tests.sim.clockwork import Process, Task
 from tests.sim.history import Violation, Weights
 
-from adashard.wire.control import Snapshotted, SnapshotRequest
+from adashard.wire.control import SnapshotRequest, Snapshotted
 from adashard.wire.errors import AdashardError, StaleGeneration
 from adashard.wire.messages import Entry, Lineage, Record
 from adashard_server.cluster.checkpoints import Checkpoint, Checkpoints, CheckpointSettings

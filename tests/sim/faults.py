@@ -53,7 +53,8 @@ class Family:
         rough: whether the network loses, doubles and delays.
         durable: whether the registry outlives the coordinator; None for either.
         leaves: whether workers may be told to leave by themselves.
-        checkpoints: whether there always are some; otherwise in half of the runs.
+        every_steps: there is a checkpoint, 0 for never; a run has one of these.
+        stored: whether faults wait for the first checkpoint, and not for the first step.
         keeps: promises that nothing is lost and no step degraded.
         often: how often, against other families.
         weight: how many of all seeds are of this family, in proportion.
@@ -65,7 +66,8 @@ class Family:
     rough: bool = True
     durable: bool | None = None
     leaves: bool = True
-    checkpoints: bool = False
+    every_steps: tuple[int, ...] = (0, 0, 1, 3)
+    stored: bool = False
     keeps: bool = False
     often: float = 1.0
     weight: int = 2
@@ -101,7 +103,8 @@ FAMILIES: dict[str, Family] = {
         kinds={POWER_LOSS: 3, KILL: 2, KILL_SHARDS: 1, JOIN: 1},
         most=4,
         durable=True,
-        checkpoints=True,
+        every_steps=(1, 3),
+        stored=True,
         often=0.5,
     ),
     "kills": Family(kinds={KILL: 8, KILL_SHARDS: 1, JOIN: 3, LEAVE: 1, ADD_SHARD: 1}, weight=5),
@@ -169,7 +172,7 @@ class Faults:
     def _expect(self, process: Process | None, delay_s: float) -> None:
         """Has a fault happen between this event and the next, or a little later."""
         loop, clock = self._cluster.loop, self._cluster.clock
-        begun = self._cluster.disk.count if self._family.checkpoints else self._cluster.opened()
+        begun = self._cluster.disk.count if self._family.stored else self._cluster.opened()
         if self._waits and not begun:
             return
         time_s = math.nextafter(loop.now + delay_s, math.inf)

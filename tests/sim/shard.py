@@ -146,7 +146,7 @@ class SimShard(Member):
     def _open(self, plan: Plan) -> None:
         self._carry_out(self.rounds.open(plan))
         self.entry = plan.entry
-        self.cluster.check_order(self.rounds)
+        self.cluster.promises.sums(self.rounds)
         self.tell(Opened(job=self.cluster.job, generation=plan.entry.generation))
 
     def _say_if_planned(self, generation: int) -> None:

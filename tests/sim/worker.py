@@ -183,7 +183,7 @@ class SimWorker(Member):
             self._begun = step
         yield from self.talks.talk(talks)
         self.worker.took(plan, step)
-        self.cluster.check_took(self)
+        self.cluster.promises.took(self)
         self.cluster.reached("step returned", self)
 
     def _first_frame(self, entry: Entry, step: int) -> Begin:

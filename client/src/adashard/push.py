@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adashard.wire.bits import bits_of
 from adashard.wire.messages import GroupStep
 from adashard.wire.spec import Rounding
 
@@ -35,8 +36,7 @@ class Push:
 
     def present(self, count: int) -> bytes:
         """One bit per parameter, least significant first."""
-        bits = sum(1 << index for index in self.gradients)
-        return bits.to_bytes((count + 7) // 8, "little")
+        return bits_of(self.gradients, count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

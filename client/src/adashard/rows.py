@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from adashard.wire.bits import bits_of
 from adashard.wire.errors import InvalidGradient
 from adashard.wire.frames import Extent
 from adashard.wire.placement import Slice
@@ -28,8 +29,7 @@ def is_sparse(gradient: Tensor) -> bool:
 
 def sparse_bits(gradients: Mapping[int, Tensor], count: int) -> bytes:
     """One bit for each of `count` parameters, least significant first: whether it is in rows."""
-    bits = sum(1 << index for index, gradient in gradients.items() if is_sparse(gradient))
-    return bits.to_bytes((count + 7) // 8, "little")
+    return bits_of((index for index, one in gradients.items() if is_sparse(one)), count)
 
 
 def coalesced_rows(name: str, gradient: Tensor) -> Tensor:

@@ -229,7 +229,12 @@ class Coordinator:
 
     def swapped(self, job: str, done: bool, stored: Entry | None, now: float) -> list[Instruction]:
         """The registry has answered the last `Swap` of a job."""
-        return self.jobs[job].swapped(done, stored, now)
+        membership = self.jobs[job]
+        instructions = membership.swapped(done, stored, now)
+        for member in membership.members:
+            if member.id not in self.leases:  # without an end it would be waited for for ever
+                self.leases.expect(member.id, now)
+        return instructions
 
     def looked_up(self, job: str, stored: Entry | None) -> list[Instruction]:
         """What the registry holds of a job, asked for now and then; not by one that is alone.
@@ -453,10 +458,10 @@ class Coordinator:
         )
 
     def _forget_the_dead(self, around: Surroundings) -> None:
-        """Forgets members that have died and are in no generation any more."""
-        members = {
-            member.id for one in self.jobs.values() for member in (*one.members, *one.pending())
-        }
+        """Forgets members that have died, are in no generation any more, and wait for none."""
+        jobs = self.jobs.values()
+        members = {member.id for one in jobs for member in (*one.members, *one.pending())}
+        members.update(joiner for one in jobs for joiner in one.joiners)
         for member in around.given_up - members:
             self.leases.forget(member)
             self.contacts.pop(member, None)

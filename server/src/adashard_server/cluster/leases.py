@@ -55,6 +55,10 @@ class Leases:
         self._revoked: set[str] = set()
         self._ticked: float | None = None
 
+    def __contains__(self, member: str) -> bool:
+        """Whether the member has a lease, be it that it has ended."""
+        return member in self._ends
+
     def renew(self, member: str, now: float) -> None:
         """The member has been heard: it lives, also if it was dead, but not if it was evicted."""
         if member not in self._revoked:
