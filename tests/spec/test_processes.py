@@ -72,7 +72,7 @@ input()
 
 
 def test_sigterm_drains_a_shard_and_the_coordinator_and_both_exit_with_zero():
-    cluster = LocalCluster(1)
+    cluster = LocalCluster(1, spare=False)
     with cluster:
         feed = Feed({"weight": torch.ones(4, 4)})
         optimizer = adashard.Adafactor(feed.named(), address=cluster.address)
@@ -90,7 +90,7 @@ def test_sigterm_drains_a_shard_and_the_coordinator_and_both_exit_with_zero():
 
 def test_a_round_in_flight_is_finished_before_a_drained_shard_ends(caplog):
     caplog.set_level("INFO", "adashard")
-    with LocalCluster(1) as cluster:
+    with LocalCluster(1, spare=False) as cluster:
         feeds = [Feed({"weight": torch.ones(4, 4)}) for _ in range(2)]
         first, second = (
             adashard.Adafactor(feed.named(), address=cluster.address, min_workers=2)
