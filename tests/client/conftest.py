@@ -26,7 +26,7 @@ def stage() -> Iterator[Callable[..., Stage]]:
 
 @pytest.fixture
 def no_waits(monkeypatch):
-    monkeypatch.setattr(retry.random, "uniform", lambda low, high: 0.0)
+    monkeypatch.setattr(retry, "uniform", lambda low, high: 0.0)
 
 
 @pytest.fixture

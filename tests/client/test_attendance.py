@@ -52,7 +52,7 @@ class Member:
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch):
-    monkeypatch.setattr(retry.random, "uniform", lambda low, high: 0.0)
+    monkeypatch.setattr(retry, "uniform", lambda low, high: 0.0)
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_once_welcome_it_never_gives_up(transport):
 
 def test_between_two_tries_to_come_back_it_waits_less_than_a_second(transport, monkeypatch):
     bounds: list[float] = []
-    monkeypatch.setattr(retry.random, "uniform", lambda low, high: bounds.append(high) or 0.0)
+    monkeypatch.setattr(retry, "uniform", lambda low, high: bounds.append(high) or 0.0)
     member = Member(transport)
     control = transport.control()
     assert isinstance(member.handles(), Welcome)

@@ -45,7 +45,7 @@ def test_waits_grow_to_a_bound_and_stay_there(attempts):
 def test_waits_are_drawn_from_the_whole_range(monkeypatch):
     """Full jitter: many clients that fail together do not come back together."""
     ranges = []
-    monkeypatch.setattr(retry.random, "uniform", lambda *between: ranges.append(between) or 0.0)
+    monkeypatch.setattr(retry, "uniform", lambda *between: ranges.append(between) or 0.0)
     backoff = Backoff(1.0, Clock(), first_s=0.5, longest_s=1.5)
     for _ in range(4):
         backoff.next_s()

@@ -95,7 +95,7 @@ def test_a_shard_that_is_not_open_yet_is_asked_again_a_little_later(stage, monke
 
     play.shards[0].script = [not_yet] * 3
     waits: list[float] = []
-    monkeypatch.setattr(retry.random, "uniform", lambda low, high: waits.append(high) or 0.0)
+    monkeypatch.setattr(retry, "uniform", lambda low, high: waits.append(high) or 0.0)
     assert play.step()
     assert len(play.shards[0].begins) == 4
     assert waits == sorted(set(waits)), "it does not wait longer each time"

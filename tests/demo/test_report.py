@@ -84,11 +84,10 @@ def test_a_terminal_gets_one_line_that_moves():
     assert "step 300/600" not in last
 
 
-def test_a_file_gets_a_plain_line_now_and_then_and_the_last_step_once(monkeypatch):
+def test_a_file_gets_a_plain_line_now_and_then_and_the_last_step_once():
     times = iter([100.0, 101.0, 106.0, 107.0, 107.5, 113.0])
-    monkeypatch.setattr(report.time, "monotonic", lambda: next(times))
     console = Console(file=io.StringIO(), width=100)
-    with live_line(console, 600) as line:
+    with report.PlainLines(console, lambda: next(times)) as line:
         for step in (1, 2, 20, 600, 600, 600):
             line.show(status(step))
     shown = [text.split("  ")[0] for text in console.file.getvalue().splitlines()]

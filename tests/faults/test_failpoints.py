@@ -148,7 +148,7 @@ def test_what_is_lost_on_a_stream_is_the_stream(armed):
 
 def test_a_delay_is_a_pause_and_nothing_else(armed, monkeypatch):
     slept: list[float] = []
-    monkeypatch.setattr(failpoints.time, "sleep", slept.append)
+    monkeypatch.setattr(failpoints, "sleep", slept.append)
     armed(Fault(point="commit", action=Action.DELAY, delay_s=7.0))
     failpoints.reach("commit")
     assert slept == [7.0]

@@ -19,7 +19,7 @@ from tests.sim.truth import Truth
 from tests.sim.worker import SimWorker
 
 from adashard.wire.errors import AdashardError
-from adashard.wire.messages import Run
+from adashard.wire.messages import Entry, Run
 from adashard.wire.placement import SLICE_BYTES_MIN, cut
 from adashard.wire.spec import AdafactorLayout, DType, EpsPlacement, Group, JobSpec, Parameter
 from adashard_server.cluster.leases import LeaseSettings
@@ -268,6 +268,18 @@ class Cluster:
             self.lost = name == "lost"
             self.promises.lost(text, wholly=self.lost)
             self.saw(f"a job is {name}")
+
+    def begins_anew(self, entry: Entry) -> None:
+        """A coordinator has found nothing in its memory, and begins or goes on with a job."""
+        if entry.lineage is None or entry.lineage.number != entry.generation:
+            self.saw("a job is taken over from its members")
+            return
+        self.promises.forgotten()
+        self.saw("a job is forgotten")
+        self.truth.clear()
+        self.disk.clear()
+        self.promises = Promises(self)
+        self._open = 0
 
     def opened(self, generation: int = 1) -> bool:
         """Whether a generation was opened, this or a later one."""

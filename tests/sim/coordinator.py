@@ -25,7 +25,7 @@ from adashard_server.cluster.instructions import (
     Swap,
     Tell,
 )
-from adashard_server.cluster.registry import MemoryRegistry
+from adashard_server.cluster.registry import ABSENT, MemoryRegistry
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
@@ -65,6 +65,8 @@ class SimRegistry(Process):
                 return
             done = self._entries.swap(swap.entry, expected=swap.expected)
             if done:
+                if self.newest is not None and swap.expected == ABSENT:
+                    self._cluster.begins_anew(swap.entry)
                 self.newest = swap.entry
                 self._cluster.promises.wrote(swap.entry)
                 self._cluster.changed = True

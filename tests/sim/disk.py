@@ -37,6 +37,10 @@ class Disk(Process):
         """How many complete checkpoints there are."""
         return len(self._complete)
 
+    def clear(self) -> None:
+        """What is there belongs to a job that nobody knows any more."""
+        self._complete.clear()
+
     def checkpoints(self) -> Checkpoints:
         """What a coordinator finds when it starts."""
         known = [checkpoint for checkpoint, _ in self._complete.values()]

@@ -72,6 +72,12 @@ class Family:
     often: float = 1.0
     weight: int = 2
 
+    @property
+    def parts(self) -> bool:
+        """Whether members may be silent although they live."""
+        silent = PAUSE in self.kinds and self.roles != ("coordinator",)
+        return silent or not self.kinds.keys().isdisjoint((PART, SEVER))
+
 
 FAMILIES: dict[str, Family] = {
     "calm": Family(kinds={}, weight=1, most=0, rough=False, keeps=True, durable=True),
@@ -105,6 +111,7 @@ FAMILIES: dict[str, Family] = {
         durable=True,
         every_steps=(1, 3),
         stored=True,
+        weight=3,
         often=0.5,
     ),
     "kills": Family(kinds={KILL: 8, KILL_SHARDS: 1, JOIN: 3, LEAVE: 1, ADD_SHARD: 1}, weight=5),

@@ -143,15 +143,17 @@ def sums_are_not_formed_in_rank_order(patch: Patch) -> None:
 @mutant("network")
 def a_repeated_stream_is_added_again(patch: Patch) -> None:
     """S5: what is in the sum is skipped, up to the element that it has come to."""
-    added = Sums.added
+    admit = Rounds.admit
 
-    def remember_whole_ones(self: Sums, sender: str, index: int, stop: int) -> None:
-        added(self, sender, index, stop)
-        admitted = self.slices[index].element_count
-        if stop < admitted and stop % 2:
-            self._came[index][sender] = 0
+    def admit_again(
+        self: Rounds, begin: Begin, index: int, start: int, count: int, *, ahead: int = 0
+    ) -> Admission:
+        admission = admit(self, begin, index, start, count)
+        again = admission is None and begin.step > self.version
+        return Add(start, start + count, first=False) if again else admission
 
-    patch.setattr(Sums, "added", remember_whole_ones)
+    patch.setattr(Rounds, "admit", admit_again)
+    patch.setattr(Sums, "progress_of", lambda self, worker: ())
 
 
 @mutant("network")

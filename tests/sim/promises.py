@@ -47,6 +47,18 @@ class Promises:
         if worker.rank <= max(taken, default=-1):
             raise Violation(f"rank {worker.rank} of {worker.id} is not above all others")
 
+    def forgotten(self) -> None:
+        """A job begins anew only where none of its members is left that could tell of it (G1)."""
+        cluster = self._cluster
+        if not cluster.kind.parts:
+            left = [
+                one.name
+                for one in cluster.members()
+                if one.entry is not None and one.entry.opened and cluster.is_member(one.name)
+            ]
+            if left:
+                raise Violation(f"the job begins anew though {left} know of it")
+
     def opened(self, entry: Entry) -> None:
         """A generation is open."""
         self._took_part.update(worker.id for worker in entry.workers)

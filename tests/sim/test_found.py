@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from adashard.wire.messages import Entry, Plan, Run, UploadBegin
 from adashard.wire.placement import cut
 from adashard.wire.spec import DType
 from adashard.worker import Worker
+from adashard_server.cluster.instructions import StepDown
+from adashard_server.cluster.membership import Membership
+from adashard_server.cluster.succession import Surroundings, waits_for_beginners
 from adashard_server.shard.exchange import MemoryExchange
 from adashard_server.shard.rounds import Rounds
 from adashard_server.shard.shard import Shard
@@ -119,6 +123,20 @@ def test_a_slice_is_not_called_unchanged_at_a_step_that_a_freeze_has_undone(
     frames = engine.reply(begin, lambda: True)
     with pytest.raises(StaleGeneration):
         read_frame(next(frames))
+
+
+def test_a_coordinator_that_never_wrote_hears_from_the_registry_that_another_has():
+    membership = Membership(replace(generation(0), author=""), "late")
+    assert membership.looked_up(None) == []
+    told = membership.looked_up(replace(generation(2), author="other/1"))
+    assert [type(one) for one in told] == [StepDown]
+
+
+def test_a_job_that_is_restored_waits_for_no_more_shards_than_are_left():
+    around = Surroundings(shards={"s0": "host:1"}, min_shards=2)
+    begins = replace(generation(1), lineage=None, opened=False)
+    assert waits_for_beginners(begins, around, ())
+    assert not waits_for_beginners(replace(begins, opened=True), around, ())
 
 
 def open_with_zeros(shard: Shard, plan: Plan) -> None:

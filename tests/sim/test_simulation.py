@@ -21,13 +21,16 @@ SEEDS = 1000
 BLOCK = 50
 
 WINDOWS = {
+    "a checkpoint is complete",
+    "a coordinator steps down",
     "a decided step is finished from pushes",
     "a generation is made while the one before freezes",
     "a generation is made while the one before is repaired",
+    "a job is restored",
     "a leaver is let go",
     "a member is revived",
     "a rebuild has two versions at once",
-    "a rebuild is from several workers",
+    "a shard is told that it was left out",
     "a slice is rebuilt from a worker",
     "a step is known from workers only",
     "all shards are empty at once",

@@ -27,6 +27,13 @@ class Truth:
         self._values: dict[Line, int] = {}
         self._gradients: dict[tuple[str, int, int], Gradient] = {}
 
+    def clear(self) -> None:
+        """A job of the same name has nothing to do with the one that was."""
+        self.degraded = False
+        for known in (self._weights, self._roots, self._lines, self._records, self._values):
+            known.clear()
+        self._gradients.clear()
+
     # --- lines ----------------------------------------------------------------------------------
 
     def begin(self, lineage: Lineage, values: Iterable[int]) -> list[Weights]:

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import sleep
 from typing import TypeVar
 
 from adashard.wire.errors import ShardUnavailable
@@ -251,7 +252,7 @@ class Trigger:
         if fault.action is Action.KILL:
             os.kill(os.getpid(), signal.SIGKILL)
         if fault.action is Action.DELAY:
-            time.sleep(fault.delay_s)
+            sleep(fault.delay_s)
         return fault.action
 
     def _due(self, point: str) -> Fault | None:

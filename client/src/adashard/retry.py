@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from random import uniform
 
 from adashard.wire.errors import (
     AdashardError,
@@ -55,4 +55,4 @@ class Backoff:
         if self.spent_s >= self.budget_s:
             return None
         bound = min(self.longest_s, self.first_s * 2.0 ** min(self.attempts - 1, 30))
-        return random.uniform(0.0, bound)
+        return uniform(0.0, bound)

@@ -255,7 +255,7 @@ class Membership:
         known = self.entry
         if self.writing or stored is None or stored.generation < known.generation:
             return []
-        if known.author and (stored.generation, stored.author) != (known.generation, known.author):
+        if (stored.generation, stored.author) != (known.generation, known.author):
             return [StepDown(f"job {known.job!r} was written by another coordinator")]
         return []
 

@@ -135,8 +135,8 @@ def waits_for_shards(entry: Entry, around: Surroundings) -> str:
 
 
 def waits_for_beginners(entry: Entry, around: Surroundings, workers: Sequence[Member]) -> str:
-    """What the first step of a job still needs; empty for nothing (C7)."""
-    if entry.lineage is not None:
+    """What the first step of a job still needs; empty for nothing (C7), or if it was restored."""
+    if entry.lineage is not None or entry.opened:
         return ""
     if len(around.shards) < around.min_shards:
         return f"the first step needs {around.min_shards} shards; {len(around.shards)} are there"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from time import monotonic
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -129,10 +130,15 @@ class Bar:
 
 
 class PlainLines:
-    """For files and pipes: the first status, the last, and one every `PLAIN_INTERVAL_S`."""
+    """For files and pipes: the first status, the last, and one every `PLAIN_INTERVAL_S`.
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    Args:
+        console: to print on.
+        clock: seconds, ascending.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = monotonic) -> None:
+        self._console, self._clock = console, clock
         self._due_s = 0.0
         self._shown = 0
 
@@ -149,7 +155,7 @@ class PlainLines:
 
     def show(self, status: Status) -> None:
         """Prints a line if the step is a new one, and it is time for a line or the last step."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         if status.step > self._shown and (now_s >= self._due_s or status.step == status.steps):
             self._shown, self._due_s = status.step, now_s + PLAIN_INTERVAL_S
             self._console.print(f"step {status.step}/{status.steps}  {describe(status)}")
