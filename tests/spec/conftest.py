@@ -77,6 +77,12 @@ def kind(request) -> str:
     return request.param
 
 
+rarely_on_processes = pytest.mark.parametrize(
+    "kind", ["threads", pytest.param("processes", marks=pytest.mark.slow)], indirect=True
+)
+"""For what other tests have shown of processes already: starting them takes seconds of torch."""
+
+
 @pytest.fixture
 def bench(clusters, kind) -> Callable[[int], Bench]:
     """Makes a bench with so many shards."""

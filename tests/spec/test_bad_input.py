@@ -7,7 +7,7 @@ import socket
 import httpx
 import pytest
 import torch
-from tests.spec.conftest import Feed, free_port
+from tests.spec.conftest import Feed, free_port, rarely_on_processes
 from tests.spec.crews import SLICE_BYTES, crew_of, filled, same
 
 import adashard
@@ -116,6 +116,7 @@ def test_a_client_of_another_version_is_refused_with_both_versions(bench, monkey
     assert version.VERSION in raised.value.message
 
 
+@rarely_on_processes
 def test_two_clusters_are_never_in_each_others_way(kind):
     in_process = kind == "threads"
     with (

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import torch
-from tests.spec.conftest import Bench, Feed, together
+from tests.spec.conftest import Bench, Feed, rarely_on_processes, together
 from tests.spec.crews import crew_of, filled, same
 
 import adashard
@@ -36,6 +36,7 @@ def events(table: Bench, *, until: str) -> Iterator[dict]:
                 return
 
 
+@rarely_on_processes
 def test_a_worker_whose_scaler_overflows_does_not_stop_the_others(bench):
     """They step on the mean in which its gradient is zero, and it takes their weights."""
     table, feeds = bench(2), [Feed(START), Feed(START)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.spec.conftest import Bench, Feed
+from tests.spec.conftest import Bench, Feed, rarely_on_processes
 from tests.spec.crews import SLICE_BYTES, Crew
 from torch import Tensor, nn
 
@@ -74,6 +74,7 @@ def test_a_worker_with_sparse_gradients_may_train_beside_one_with_dense_ones(
     assert torch.equal(run(True, False), run(False, False))
 
 
+@rarely_on_processes
 def test_only_rows_that_were_looked_up_travel(bench):
     table, own = Table(BY_ROWS, sparse=True), bench(2)
     with Crew(own, table, slice_bytes=SLICE_BYTES) as crew:

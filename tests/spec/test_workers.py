@@ -12,7 +12,7 @@ import threading
 import httpx
 import pytest
 import torch
-from tests.spec.conftest import Feed, together
+from tests.spec.conftest import Feed, rarely_on_processes, together
 
 import adashard
 from adashard.wire.errors import JobExists, LeaseExpired, ModelMismatch
@@ -69,6 +69,7 @@ def test_a_worker_that_closes_releases_the_others(bench):
     stays.close()
 
 
+@rarely_on_processes
 def test_close_is_idempotent_and_the_job_stays(bench):
     table, feed = bench(1), Feed(weights(0))
     optimizer = table.adafactor(feed.named())
@@ -219,6 +220,7 @@ def test_a_worker_with_another_model_is_told_the_first_difference(bench):
         assert optimizer.global_step == 2
 
 
+@rarely_on_processes
 def test_more_shards_than_parameters_work(bench):
     table, feed = bench(4), Feed({"only": torch.ones(4, 4)})
     with table.adafactor(feed.named()) as optimizer:
@@ -266,6 +268,7 @@ def test_a_session_that_has_ended_joins_anew_at_the_next_step(bench):
     optimizer.close()
 
 
+@rarely_on_processes
 def test_slice_bytes_are_the_clusters_where_a_job_leaves_them_open(kind):
     with LocalCluster(1, slice_bytes=1 << 16, in_process=kind == "threads") as cluster:
         for job, own in {"open": None, "own": 1 << 20}.items():
