@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tests.sim.history import Violation
 
 from adashard.wire.control import Bye
-from adashard.wire.errors import AdashardError, InvalidRequest, JobLost, LeaseExpired
+from adashard.wire.errors import AdashardError, JobLost, LeaseExpired
 from adashard.wire.messages import Entry, Member
 from adashard_server.shard.instructions import Degraded
 from adashard_server.shard.rounds import Rounds
@@ -96,7 +96,7 @@ class Promises:
 
     def ended(self, worker: SimWorker, error: AdashardError) -> None:
         """A worker is refused only where it was silent for too long, or the job is lost."""
-        left_out = isinstance(error, LeaseExpired | InvalidRequest)  # or forgotten as well
+        left_out = isinstance(error, LeaseExpired)
         lost = isinstance(error, JobLost) and self._cluster.lost
         if not lost and (self._cluster.kind.keeps or not left_out):
             raise Violation(f"{worker.name} is refused, without fault of its own: {error}")
