@@ -80,9 +80,15 @@ def test_the_origin_of_the_lineage_holds_its_first_version_in_every_slice():
         lineage=1,
         slices=(0, 1, 2),
         versions=(0, 0, 0),
+        fresh=True,
         complete=True,
     )
     assert (worker.version, worker.held([0, 1, 2])) == (0, 0)
+    again = worker.freeze(entry(3, lineage=3))  # nobody has come as far as to open the first
+    assert (again.lineage, again.versions, again.fresh) == (3, (0, 0, 0), True)
+    worker.changed(1)
+    frozen = worker.freeze(entry(4, lineage=4))
+    assert (frozen.lineage, frozen.slices, frozen.fresh) == (3, (0, 2), False)
 
 
 def test_another_worker_s_lineage_makes_no_copies_of_this_one_s_weights():
@@ -477,7 +483,7 @@ def test_the_origin_of_a_loaded_state_holds_its_version_and_its_record():
     worker = loaded()
     frozen = worker.freeze(begun())
     assert (frozen.slices, frozen.versions) == ((0, 1, 2), (7, 7, 7))
-    assert (frozen.record, frozen.complete, frozen.fresh) == (record(7), True, False)
+    assert (frozen.record, frozen.complete, frozen.fresh) == (record(7), True, True)
     assert (worker.version, worker.step_counts()) == (7, (7, 7, 7))
     worker.open(jobs.plan(begun(), 7, record(7)))
     stepped(worker, 8)

@@ -97,7 +97,7 @@ class Worker:
 
     def changed(self, index: int) -> None:
         """Something else than the job has written the slice's weights: they are no copy (W3)."""
-        self._versions[index] = -1
+        self._versions[index], self._fresh = -1, False
         self._copies.discard(index)
 
     def open(self, plan: Plan) -> bool:
@@ -141,10 +141,14 @@ class Worker:
         self._copies.clear()
 
     def _become_origin(self, entry: Entry) -> None:
-        """Where the lineage names this worker, what it begins with is the first version."""
+        """Where the lineage names this worker, what it begins with is the first version.
+
+        It may be asked again, where nobody has come as far as to open the lineage.
+        """
         lineage = entry.lineage
-        if lineage is not None and lineage.origin == self.id and self._fresh:
-            self._lineage, self._fresh = lineage.number, False
+        named = lineage is not None and lineage.origin == self.id
+        if lineage is not None and named and self._fresh and lineage.number != self._lineage:
+            self._lineage = lineage.number
             self.version, self.record = lineage.base_version, self._loaded
             self._versions = [lineage.base_version] * len(self.slices)
             self._copies = set(range(len(self.slices)))
