@@ -30,7 +30,7 @@ from adashard.wire.errors import InvalidFrame, UnsupportedParameter
 from adashard.wire.frames import PAYLOAD_BYTES_MAX, read_frame
 from adashard.wire.messages import Member
 from adashard.wire.spec import DType
-from adashard.wire.tensors import as_buffer, wire_dtype
+from adashard.wire.tensors import as_buffer, flat_on_cpu, wire_dtype
 
 SHAPES = ((4, 3), (5,), (), (2, 3, 2))
 
@@ -92,7 +92,7 @@ def test_models_that_are_cut_small_come_through_whole(shapes):
     theirs, mine = [[torch.randn(shape) for shape in shapes] for _ in range(2)]
     source, target = Routing(spec, theirs), Routing(spec, mine)
     for piece in source.slices:
-        write(target, piece.index, source.view(piece.index).reshape(-1), [3, 8])
+        write(target, piece.index, flat_on_cpu(source.view(piece.index)), [3, 8])
     assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
 
 
