@@ -25,7 +25,7 @@ let watched = null; // name of the job that is shown; null while there is none
 let job = null; // its newest status
 let shards = [];
 let historyRead = false; // since the stream was opened
-let arrived = null; // steps that the stream brings while the history is read
+let arrived = null; // what the stream tells of steps while the history is read
 let rate = 0;
 let range = 0;
 let memoryOf = ""; // what the drawn memory bars belong to
@@ -57,7 +57,7 @@ async function loadHistory() {
   if (name !== watched || history === null || about === null) return;
   steps.clear();
   steps.merge(history.items);
-  steps.merge(arrived ?? []);
+  for (const update of arrived ?? []) take(update); // it may have begun anew since the history was cut
   arrived = null;
   rate = about.steps_per_second;
   draw();
@@ -120,10 +120,14 @@ function showJob() {
 function step(update) {
   if (update.job !== watched) return;
   rate = update.steps_per_second;
-  arrived?.push(...update.items);
+  arrived?.push(update);
+  take(update);
+  draw();
+}
+
+function take(update) {
   steps.cut(update.latest_step);
   steps.merge(update.items);
-  draw();
 }
 
 function membership(event, id) {
