@@ -15,7 +15,7 @@ IN_CI = os.environ.get("CI") == "true"
 
 # No deadlines: a test that asserts on time fails on a busy machine.
 settings.register_profile("dev", max_examples=25, deadline=None)
-settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
+settings.register_profile("ci", max_examples=60, deadline=None, derandomize=True)
 settings.load_profile("ci" if IN_CI else "dev")
 
 
