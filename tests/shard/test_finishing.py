@@ -9,13 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.shard import jobs
+from tests.shard.clusters import Node
 from tests.shard.models import Case, cases
 from tests.shard.tables import Reply, Table, alive, piece
 from tests.shard.trainings import Push, Stream, Training, part, same, tensors
 
 from adashard.wire.control import Freeze, Happened, Open, PlanRequest
-from adashard.wire.messages import Content, Plan, UploadBegin
-from adashard_server.shard.records import bit, without
+from adashard.wire.messages import Begin, Content, Plan, Progress, Record, UploadBegin
+from adashard_server.shard.records import bit, draft_record, without
 from adashard_server.shard.slices import SliceStore
 
 GENERATION = 2
@@ -160,3 +161,54 @@ def push_again(training: Training, case: Case, shard: str, worker: str, push: Pu
     stream = Stream(training, "abcd".index(worker), push, shard, case.chooser)
     while not stream.done:
         stream.act()
+
+
+# --- two changes in a row ------------------------------------------------------------------------
+
+
+def behind_again(workers: str, generation: int, record: Record) -> Plan:
+    entry = jobs.entry(jobs.spec((6,)), generation=generation, workers=workers)
+    return Plan(entry=entry, base=1, record=record, behind=(0,))
+
+
+def test_what_a_worker_had_pushed_of_its_part_is_not_in_the_sum_when_it_is_finished_without_it():
+    """It died in the repair, with half of its gradient in the sum of a slice that was rebuilt."""
+    record = draft_record(1, [begin_of(worker, 1) for worker in "abc"], (0,))
+    node = Node("s0")
+    open_behind(node, behind_again("abc", 1, record))
+    node.push_all(begin_of("a", 1))
+    node.begin(begin_of("b", 1))
+    assert node.push(begin_of("b", 1), 0, 0, 3)
+    open_behind(node, behind_again("ac", 2, record))
+    assert node.rounds.record_for(0).workers == ("a", "c")
+    for worker in "ac":
+        assert not node.rounds.can_pay(0)
+        node.push_all(begin_of(worker, 2))
+    assert node.sums[0] == [["a", "c"]] * 6
+    assert node.rounds.can_pay(0)
+
+
+def test_a_broken_push_is_told_where_to_go_on_after_another_change():
+    record = draft_record(1, [begin_of(worker, 1) for worker in "ab"], (0,))
+    node = Node("s0")
+    open_behind(node, behind_again("ab", 1, record))
+    node.begin(begin_of("a", 1))
+    assert node.push(begin_of("a", 1), 0, 0, 3)
+    open_behind(node, behind_again("ab", 2, record))
+    acknowledge, _ = node.rounds.begin(begin_of("a", 2))
+    assert acknowledge.progress == (Progress(slice=0, count=3),)
+    assert not acknowledge.complete
+
+
+def begin_of(worker: str, generation: int) -> Begin:
+    return jobs.begin(jobs.entry(jobs.spec((6,)), generation=generation, workers="abc"), worker)
+
+
+def open_behind(node: Node, plan: Plan) -> None:
+    """A change of generation in which the slice, if it is not here, comes at the version before."""
+    node.rounds.freeze(plan.entry)
+    node.rounds.plan(plan)
+    if node.rounds.lacks(0, 0):
+        node.rounds.uploaded(0, 0)
+    assert node.rounds.planned
+    node.carry_out(node.rounds.open(plan))
