@@ -31,6 +31,7 @@ from shapes import GPT2_SMALL
 
 import adashard
 from adashard.wire import codec
+from adashard.wire.messages import ExchangeRequest
 from adashard_server import LocalCluster
 from adashard_server.optim.kernels import cpu
 from adashard_server.shard.exchange import MemoryExchange
@@ -89,9 +90,11 @@ def measure_bytes() -> dict[str, float]:
     sent: list[int] = []
     send = MemoryExchange.send
 
-    def counting(self: MemoryExchange, peer: Any, request: Any, deliver: Any) -> None:
-        sent.append(codec.to_proto(request).ByteSize())
-        send(self, peer, request, deliver)
+    def counting(self: MemoryExchange, report: Any, peers: Any, wanted: Any, deliver: Any) -> None:
+        for peer in peers:
+            request = ExchangeRequest(receiver=peer.id, report=report, wanted=peer.id in wanted)
+            sent.append(codec.to_proto(request).ByteSize())
+        send(self, report, peers, wanted, deliver)
 
     with (
         mock.patch.object(MemoryExchange, "send", counting),

@@ -22,7 +22,6 @@ from adashard.wire.messages import (
     ExchangeRequest,
     GroupStep,
     Member,
-    Report,
     Schedule,
 )
 from adashard.wire.placement import cut
@@ -126,12 +125,13 @@ class OneThread:
                         finding = self._store.measure(index, exchange, draft)
                         self._carry_out(name, exchanges.measured(instruction, {index: finding}))
                 case Send(report=report, peers=peers):
+                    encoded = codec.to_proto(report)
                     for peer in peers:
-                        self._deliver(peer, report)
+                        self._deliver(peer, encoded)
 
-    def _deliver(self, receiver: str, report: Report) -> None:
+    def _deliver(self, receiver: str, report: peer_pb2.Report) -> None:
         """Hands a report on as the bytes that it is between shards."""
-        sent = codec.to_proto(ExchangeRequest(receiver=receiver, report=report))
+        sent = peer_pb2.ExchangeRequest(receiver=receiver, report=report)
         came = codec.from_proto(peer_pb2.ExchangeRequest.FromString(sent.SerializeToString()))
         assert isinstance(came, ExchangeRequest)
         self._exchanges[receiver].check(came.report)

@@ -12,7 +12,7 @@ from tests.shard import jobs
 from tests.shard.tables import Table, push, talked
 
 from adashard.transport.links import Links
-from adashard.wire.messages import ExchangeRequest, Member, Report
+from adashard.wire.messages import Member, Report
 from adashard_server.rpc.peer_client import GrpcExchange
 from adashard_server.rpc.shard_server import start_shard_server
 from adashard_server.shard.exchange import MemoryExchange, PeerExchange
@@ -48,8 +48,8 @@ class Peers:
 
     def send(self, *, to: int = 1, wanted: bool = True, **options) -> None:
         member = self.members[to]
-        request = ExchangeRequest(receiver=member.id, report=self.report(**options), wanted=wanted)
-        self.exchange.send(member, request, self.delivered.put)
+        whose = {member.id} if wanted else set()
+        self.exchange.send(self.report(**options), [member], whose, self.delivered.put)
 
     def fill(self, name: str) -> None:
         """The round of one shard becomes full: it reports."""
@@ -118,9 +118,8 @@ class TestExchange:
         assert peers.delivered.empty()
 
     def test_a_peer_that_nobody_reaches_is_survived_in_silence(self, peers):
-        request = ExchangeRequest(receiver="s7", report=peers.report(), wanted=True)
         nobody = Member(id="s7", address="127.0.0.1:1")
-        peers.exchange.send(nobody, request, peers.delivered.put)
+        peers.exchange.send(peers.report(), [nobody], {"s7"}, peers.delivered.put)
         peers.fill("s1")
         peers.send()
         assert peers.delivered.get(timeout=60).sender == "s1"

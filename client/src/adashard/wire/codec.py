@@ -10,7 +10,9 @@ at most some 100,000 numbers in repeated fields, and those are handed over in on
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar, overload
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any, overload
 
 from google.protobuf.message import Message
 
@@ -22,8 +24,6 @@ from adashard.wire.v1 import coordinator_pb2, peer_pb2, shard_pb2, types_pb2
 
 AttendRequest = coordinator_pb2.AttendRequest
 AttendResponse = coordinator_pb2.AttendResponse
-
-T = TypeVar("T")
 
 # Dataclass to generated class, for all messages that have both.
 _OURS = vars(spec) | vars(messages) | vars(control)
@@ -47,9 +47,7 @@ def to_proto(value: object) -> Any:  # noqa: ANN401 - callers know which class i
     generated = _GENERATED.get(type(value))
     if generated is None:
         raise TypeError(f"{type(value).__name__} has no message of its name in protos/")
-    message = generated()
-    _write(value, message)
-    return message
+    return generated(**_contents(value))
 
 
 def from_proto(message: Message) -> Any:  # noqa: ANN401 - as above
@@ -78,9 +76,8 @@ def pack(message: FromMember | FromCoordinator) -> AttendRequest | AttendRespons
     envelope, name = _ENVELOPES.get(type(message), (None, ""))
     if envelope is None:
         raise TypeError(f"{type(message).__name__} does not travel on the control stream")
-    packed = envelope()
-    _write(message, getattr(packed, name))
-    return packed
+    contents: dict[str, Any] = {name: _contents(message)}
+    return envelope(**contents)
 
 
 @overload
@@ -116,56 +113,107 @@ def _envelopes() -> dict[type[Any], tuple[type[AttendRequest | AttendResponse], 
 _ENVELOPES = _envelopes()
 
 
-def _write(value: object, message: Message) -> None:
-    """Set every field of `message` from `value`; a message without content is set as well."""
-    message.SetInParent()
-    for field in fields_of(type(value)):
-        content = getattr(value, field.name)
-        if field.form is Form.MAPPING:
-            getattr(message, field.name).update(content)
-        elif field.form is Form.MANY and field.nested:
-            elements = getattr(message, field.name)
-            for element in content:
-                _write(element, elements.add())
-        elif field.form is Form.MANY:
-            getattr(message, field.name).extend(content)
-        elif not field.nested:
-            setattr(message, field.name, content)
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Walk:
+    """How one class is walked, worked out once: most fields are handed over as they are.
+
+    Attributes:
+        kind: the dataclass.
+        names: of its fields, in order.
+        read: their contents in an object or a message, in the same order.
+        nested: place and description of those that hold messages.
+        other: place and description of those whose contents a message gives in another form.
+        oneofs: names of the members of each oneof.
+    """
+
+    kind: type[Any]
+    names: tuple[str, ...]
+    read: Callable[[object], tuple[Any, ...]]
+    nested: tuple[tuple[int, Field], ...]
+    other: tuple[tuple[int, Field], ...]
+    oneofs: tuple[tuple[str, ...], ...]
+
+
+_walks: dict[type[Any], _Walk] = {}
+
+
+def _walk(kind: type[Any]) -> _Walk:
+    """How `kind` is walked."""
+    known = _walks.get(kind)
+    if known is None:
+        known = _walks[kind] = _walk_of(kind)
+    return known
+
+
+def _walk_of(kind: type[Any]) -> _Walk:
+    fields = fields_of(kind)
+    numbered = tuple(enumerate(fields))
+    names = tuple(field.name for field in fields)
+    groups = _GENERATED[kind].DESCRIPTOR.oneofs
+    return _Walk(
+        kind=kind,
+        names=names,
+        read=_reader(names),
+        nested=tuple((place, field) for place, field in numbered if field.nested),
+        other=tuple(
+            (place, field)
+            for place, field in numbered
+            if field.nested or field.enumerated or field.form is not Form.ONE
+        ),
+        oneofs=tuple(tuple(member.name for member in group.fields) for group in groups),
+    )
+
+
+def _reader(names: tuple[str, ...]) -> Callable[[object], tuple[Any, ...]]:
+    if len(names) < 2:  # attrgetter returns no tuple then
+        return lambda value: tuple(getattr(value, name) for name in names)
+    return attrgetter(*names)
+
+
+def _contents(value: object) -> dict[str, Any]:
+    """The fields of `value` in the form that constructors of messages take."""
+    kind: type[Any] = type(value)
+    walk = _walk(kind)
+    contents = dict(zip(walk.names, walk.read(value), strict=True))
+    for _, field in walk.nested:
+        content = contents[field.name]
+        if field.form is Form.MANY:
+            contents[field.name] = [_contents(element) for element in content]
         elif content is not None:
-            _refuse_a_second_member(message, field)
-            _write(content, getattr(message, field.name))
+            contents[field.name] = _contents(content)
+    for group in walk.oneofs:
+        _refuse_a_second_member(walk.kind, [name for name in group if contents[name] is not None])
+    return contents
 
 
-def _refuse_a_second_member(message: Message, field: Field) -> None:
+def _refuse_a_second_member(kind: type[Any], members: list[str]) -> None:
     """Setting one member of a oneof clears the others; nobody who set two meant that."""
-    group = message.DESCRIPTOR.fields_by_name[field.name].containing_oneof
-    other = group and message.WhichOneof(group.name)
-    if other:
-        raise ValueError(
-            f"a {message.DESCRIPTOR.name} has {other!r} or {field.name!r}, and not both"
-        )
+    if len(members) > 1:
+        raise ValueError(f"a {kind.__name__} has {members[0]!r} or {members[1]!r}, and not both")
 
 
-def _read(message: Message, kind: type[T]) -> T:
-    return kind(**{field.name: _content(message, field) for field in fields_of(kind)})
+def _read(message: Message, kind: type[Any]) -> Any:  # noqa: ANN401 - an instance of it
+    walk = _walk(kind)
+    contents = list(walk.read(message))
+    for place, field in walk.other:
+        contents[place] = _content(message, contents[place], field)
+    return walk.kind(**dict(zip(walk.names, contents, strict=True)))
 
 
-def _content(message: Message, field: Field) -> object:
-    """What `message` holds of `field`."""
+def _content(message: Message, raw: Any, field: Field) -> object:  # noqa: ANN401 - of protobuf
+    """What a field of `message` holds, given in protobuf's form."""
     if field.form is Form.MAPPING:
-        return dict(getattr(message, field.name))
+        return dict(raw)
     if field.form is Form.MANY:
-        elements = getattr(message, field.name)
         if field.nested:
-            return tuple(_read(element, field.item) for element in elements)
+            return tuple([_read(element, field.item) for element in raw])
         if field.enumerated:
-            return tuple(_member(element, field, message) for element in elements)
-        return tuple(elements)
+            return tuple([_member(element, field, message) for element in raw])
+        return tuple(raw)
     if not field.nested:
-        value = getattr(message, field.name)
-        return _member(value, field, message) if field.enumerated else value
+        return _member(raw, field, message)
     if message.HasField(field.name):
-        return _read(getattr(message, field.name), field.item)
+        return _read(raw, field.item)
     if field.form is Form.OPTIONAL:
         return None
     raise InvalidRequest(f"a {message.DESCRIPTOR.name} came without its {field.name!r}")

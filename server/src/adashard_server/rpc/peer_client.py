@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 import grpc
 
@@ -13,7 +13,7 @@ from adashard.transport.grpc import CONTROL_BYTES_MAX, shard_unreachable, transl
 from adashard.transport.links import Links
 from adashard.wire import codec
 from adashard.wire.errors import AdashardError, ShardUnavailable, StepTimedOut
-from adashard.wire.messages import ExchangeRequest, Member, Report
+from adashard.wire.messages import Member, Report
 from adashard.wire.v1 import peer_pb2
 from adashard.wire.v1.peer_pb2_grpc import PeerServiceStub
 
@@ -42,15 +42,18 @@ class GrpcExchange:
         self._lock = threading.Lock()
 
     def send(
-        self, peer: Member, request: ExchangeRequest, deliver: Callable[[Report], None]
+        self,
+        report: Report,
+        peers: Sequence[Member],
+        wanted: Collection[str],
+        deliver: Callable[[Report], None],
     ) -> None:
-        """Hands `request` to `peer`; see `PeerExchange.send`."""
-        report = request.report
-        self._links.asked(peer.id, (report.job, report.generation, report.step, report.exchange))
-        stub = PeerServiceStub(self._channel(peer.address))
-        for one in failpoints.copies("report.sent", request):
-            call = stub.Exchange.future(codec.to_proto(one), timeout=EXCHANGE_TIMEOUT_S)
-            call.add_done_callback(lambda done: self._answered(done, peer, deliver))
+        """Hands a report to each of the peers; see `PeerExchange.send`."""
+        packed = codec.to_proto(report)
+        for peer in peers:
+            asked = report.job, report.generation, report.step, report.exchange
+            self._links.asked(peer.id, asked)
+            self._send(packed, peer, deliver, wanted=peer.id in wanted)
 
     def close(self) -> None:
         """Ends what is under way."""
@@ -58,6 +61,20 @@ class GrpcExchange:
             channels, self._channels = self._channels, {}
         for channel in channels.values():
             channel.close()
+
+    def _send(
+        self,
+        report: peer_pb2.Report,
+        peer: Member,
+        deliver: Callable[[Report], None],
+        *,
+        wanted: bool,
+    ) -> None:
+        stub = PeerServiceStub(self._channel(peer.address))
+        request = peer_pb2.ExchangeRequest(receiver=peer.id, report=report, wanted=wanted)
+        for one in failpoints.copies("report.sent", request):
+            call = stub.Exchange.future(one, timeout=EXCHANGE_TIMEOUT_S)
+            call.add_done_callback(lambda done: self._answered(done, peer, deliver))
 
     def _answered(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from adashard.wire.errors import AdashardError
@@ -15,14 +15,19 @@ class PeerExchange(Protocol):
     """Carries reports to other shards. Best effort: what is lost, the sender repeats."""
 
     def send(
-        self, peer: Member, request: ExchangeRequest, deliver: Callable[[Report], None]
+        self,
+        report: Report,
+        peers: Sequence[Member],
+        wanted: Collection[str],
+        deliver: Callable[[Report], None],
     ) -> None:
-        """Hands `request` to `peer`; never blocks on it and never raises.
+        """Hands a report to each of the peers; never blocks on them and never raises.
 
         Args:
-            peer: who, and where it serves.
-            request: the report, and whether the peer's own is wanted.
-            deliver: called with the peer's report if it comes back, from any thread.
+            report: what they are told.
+            peers: who, and where they serve.
+            wanted: ids of those whose own report is wanted.
+            deliver: called with a peer's report if it comes back, from any thread.
         """
 
     def close(self) -> None:
@@ -44,19 +49,28 @@ class MemoryExchange:
         self._peers.pop(shard, None)
 
     def send(
-        self, peer: Member, request: ExchangeRequest, deliver: Callable[[Report], None]
+        self,
+        report: Report,
+        peers: Sequence[Member],
+        wanted: Collection[str],
+        deliver: Callable[[Report], None],
     ) -> None:
-        """See `PeerExchange.send`; the caller must hold no lock, since the peer answers at once."""
-        answer = self._peers.get(peer.id)
-        if answer is None:
-            return
-        try:
-            response = answer(request)
-        except AdashardError:
-            return  # the peer is in another generation; the sender repeats
-        if response.report is not None:
-            deliver(response.report)
+        """See `PeerExchange.send`; the caller must hold no lock, since the peers answer at once."""
+        for peer in peers:
+            request = ExchangeRequest(receiver=peer.id, report=report, wanted=peer.id in wanted)
+            response = self._answer(request)
+            if response.report is not None:
+                deliver(response.report)
 
     def close(self) -> None:
         """Forgets all peers."""
         self._peers.clear()
+
+    def _answer(self, request: ExchangeRequest) -> ExchangeResponse:
+        answer = self._peers.get(request.receiver)
+        if answer is None:
+            return ExchangeResponse()
+        try:
+            return answer(request)
+        except AdashardError:
+            return ExchangeResponse()  # it is in another generation; the sender repeats

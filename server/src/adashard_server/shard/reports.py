@@ -51,9 +51,8 @@ class Reports:
             self._stopwatch.reported(send.report.step)
         assert entry is not None
         members = {member.id: member for member in entry.shards}
-        for peer in send.peers:
-            request = ExchangeRequest(receiver=peer, report=send.report, wanted=peer in send.wanted)
-            self._exchange.send(members[peer], request, self._take_quietly)
+        peers = [members[peer] for peer in send.peers]
+        self._exchange.send(send.report, peers, send.wanted, self._take_quietly)
 
     def answer(self, request: ExchangeRequest) -> ExchangeResponse:
         """Takes another shard's report; answers with the own one where it is wanted and there.
