@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from adashard.wire.errors import VersionSkew
@@ -36,6 +36,8 @@ def test_further_apart_is_refused_with_both_versions_and_which_to_upgrade(major,
 
 
 @given(st.text().filter(lambda text: not text[:1].isdigit()))
+@example("-0.0")
+@example(" 0.1.0")
 def test_what_is_no_version_is_refused_and_nothing_worse(theirs):
     with pytest.raises(VersionSkew):
         check_version(theirs, whose="the worker")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from adashard.wire.errors import VersionSkew
 
 VERSION = "0.1.0"
+
+_NUMBERS = re.compile(r"([0-9]{1,9})\.([0-9]{1,9})(?![0-9])")
 
 
 def check_version(theirs: str, *, whose: str) -> None:
@@ -17,11 +21,7 @@ def check_version(theirs: str, *, whose: str) -> None:
     Raises:
         VersionSkew: with both versions and which side to change.
     """
-    mine = _major_minor(VERSION)
-    try:
-        other = _major_minor(theirs)
-    except ValueError:
-        other = (-1, -1)
+    mine, other = _major_minor(VERSION), _major_minor(theirs)
     if mine[0] == other[0] and abs(mine[1] - other[1]) <= 1:
         return
     older = whose if other < mine else "this side"
@@ -34,5 +34,6 @@ def check_version(theirs: str, *, whose: str) -> None:
 
 
 def _major_minor(version: str) -> tuple[int, int]:
-    major, minor, *_ = version.split(".")
-    return int(major), int(minor)
+    """The first two numbers; (-1, -1), which no version has, where these are none."""
+    numbers = _NUMBERS.match(version)
+    return (int(numbers[1]), int(numbers[2])) if numbers else (-1, -1)
