@@ -13,11 +13,8 @@ Three questions, each answered by a ratio of two things that are measured in tur
 from __future__ import annotations
 
 import argparse
-import json
-import operator
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +25,8 @@ import torch
 from machine import provenance
 from one_thread import OneThread
 from shapes import GPT2_SMALL
+from targets import Target, print_targets, target, write_json
+from turns import in_turns, ratio
 
 import adashard
 from adashard.wire import codec
@@ -41,7 +40,6 @@ WHOLE = 1 << 30  # slice_bytes that splits nothing
 SPLIT = 4 << 20
 EMBEDDING = (50257, 768)
 MATRICES = ((768, 3072), (3072, 768), (4096, 4096), EMBEDDING)
-WARM_UP = 2  # rounds that are thrown away: memory is touched for the first time
 
 
 class Model:
@@ -111,7 +109,7 @@ def measure_bytes() -> dict[str, float]:
 
 def measure_processor(rounds: int) -> dict[str, float]:
     """CPU seconds of update and exchange on one shard and on four, in turns; and in one slice."""
-    split, unsplit = OneThread(EMBEDDING, SPLIT), OneThread(EMBEDDING, WHOLE)
+    split, unsplit = OneThread([EMBEDDING], SPLIT), OneThread([EMBEDDING], WHOLE)
     works = {
         "one": lambda: split.step_s(1),
         "several": lambda: split.step_s(SHARDS),
@@ -123,22 +121,6 @@ def measure_processor(rounds: int) -> dict[str, float]:
         "ratio": ratio(seconds["several"], seconds["one"]),
         "ratio_to_unsplit": ratio(seconds["one"], seconds["unsplit"]),
     }
-
-
-def in_turns(works: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each work returns, round by round; who comes first in one round is last in the next."""
-    found: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(WARM_UP + rounds):
-        for name in list(works)[:: 1 - 2 * (turn % 2)]:
-            spent = works[name]()
-            if turn >= WARM_UP:
-                found[name].append(spent)
-    return found
-
-
-def ratio(numbers: Sequence[float], others: Sequence[float]) -> float:
-    """The median of the rounds' ratios: what disturbs a round disturbs both."""
-    return statistics.median(map(operator.truediv, numbers, others))
 
 
 def measure_order(rounds: int) -> dict[str, dict[str, float]]:
@@ -211,8 +193,30 @@ def main() -> None:
         print("bytes:", found["bytes"])
         found["step"] = measure_step(arguments.rounds)
         print("step:", found["step"])
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    found["targets"] = targets(found)
+    print_targets(found["targets"])
+    write_json(arguments.json, found)
+
+
+def targets(found: dict[str, Any]) -> list[Target]:
+    """What was asked, of what was measured."""
+    order = found.get("order", {})
+    names = {
+        "processor": ("CPU of update and exchange: 4 shards / 1", 1.05),
+        "bytes": ("bytes of reports / of one push, 4 shards", 0.005),
+        "step": ("step: split / whole parameters, 4 shards", 1.05),
+    }
+    return [
+        *(
+            target(f"written order / fastmath, {shape}", 1.12, of_shape["ratio"], "lower")
+            for shape, of_shape in order.items()
+        ),
+        *(
+            target(name, asked, found[key]["ratio"], "lower")
+            for key, (name, asked) in names.items()
+            if key in found
+        ),
+    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Update and exchange of one parameter on any number of shards, all in the calling thread.
+"""Update and exchange of a job on any number of shards, all in the calling thread.
 
 What the shards of a job do between full sums and new weights, and nothing else: stores of slices
 and exchanges as they are in a shard, reports as the bytes that travel. No network, no lock, no
@@ -35,16 +35,28 @@ from adashard_server.shard.slices import SliceStore
 WORKER = "worker"
 
 
+def present(count: int) -> bytes:
+    """The bits of a push that has a gradient for each of so many parameters."""
+    return ((1 << count) - 1).to_bytes((count + 7) // 8, "little")
+
+
 class OneThread:
-    """A job of one parameter, with a gradient that stays.
+    """A job of some parameters, with gradients that stay.
 
     Its slices are in one place whichever shards are said to hold them: how fast memory is differs
     from one allocation to the next by more than what is to be measured.
+
+    Args:
+        shapes: of the parameters.
+        slice_bytes: what they are cut into.
     """
 
-    def __init__(self, shape: tuple[int, ...], slice_bytes: int) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, ...]], slice_bytes: int) -> None:
         self._spec = JobSpec(
-            parameters=(Parameter(name="weight", shape=shape),),
+            parameters=tuple(
+                Parameter(name=f"weight-{number}", shape=shape)
+                for number, shape in enumerate(shapes)
+            ),
             groups=(Group(adafactor=AdafactorLayout()),),
             slice_bytes=slice_bytes,
             min_workers=1,
@@ -62,12 +74,17 @@ class OneThread:
             self._store.put(piece.index, {Content.WEIGHT: weight})
             self._store.add(piece.index, 0, 0, gradient, share=1.0, first=True)
 
+    @property
+    def slice_count(self) -> int:
+        """How many slices there are."""
+        return len(self._slices)
+
     def step_s(self, shard_count: int) -> float:
         """Processor seconds of a step on so many shards, from full sums to new weights."""
         held = self._holdings.setdefault(shard_count, self._held(shard_count))
         began = time.thread_time()
         self._step += 1
-        begin, counts = self._begin(), (self._step - 1,)
+        begin, counts = self._begin(), (self._step - 1,) * len(self._spec.parameters)
         self._exchanges = {
             name: Exchanges(name, self._step, (WORKER,), held) for name in held.by_shard
         }
@@ -112,7 +129,7 @@ class OneThread:
             receiver="",
             step=self._step,
             push=True,
-            present=b"\x01",
+            present=present(len(self._spec.parameters)),
             groups=(GroupStep(adafactor=settings, schedules=(scalars,)),),
         )
 

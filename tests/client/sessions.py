@@ -30,7 +30,8 @@ class FakeSession:
         self.parameters, self.on_existing, self.token = parameters, on_existing, token
         self.replies, self.loaded = replies, loaded
         self.pushes, self.groups, self.logged, self.not_finite = [], [], [], []
-        self.used, self.closed, self.abandoned = True, 0, 0
+        self.used, self.applied = True, True
+        self.closed, self.abandoned = 0, 0
         type(self).made.append(self)
 
     def step(self, push):

@@ -70,6 +70,7 @@ def test_settings_of_a_job_are_those_of_the_optimizer_that_takes_the_steps(monke
         "rounding": "nearest",
         "seed": 3,
         "reply_dtype": torch.bfloat16,
+        "wire_dtype": "int8",
         "keep_masters": True,
         "recovery": "checkpoint",
     }
@@ -88,6 +89,7 @@ def test_settings_of_a_job_are_those_of_the_optimizer_that_takes_the_steps(monke
         ("rounding", "up"),
         ("seed", -1),
         ("reply_dtype", torch.float64),
+        ("wire_dtype", "int4"),
         ("nonfinite", "ignore"),
         ("nonfinite", None),
         ("on_existing", "overwrite"),

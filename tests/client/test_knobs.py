@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import math
 
@@ -16,7 +17,7 @@ from tests.client.asked import all_knobs, all_semantics
 from transformers import trainer_optimizer
 
 from adashard import knobs, schedule
-from adashard.algorithms import layout, schedules
+from adashard.algorithms import Adafactor, layout, schedules
 from adashard.knobs import KNOBS, SEMANTICS, resolve, resolve_job_settings
 from adashard.wire.errors import InvalidSettings
 from adashard.wire.placement import factored_axes
@@ -44,6 +45,7 @@ def job_settings(**asked):
         "rounding": "nearest",
         "seed": 0,
         "reply_dtype": None,
+        "wire_dtype": None,
         "keep_masters": False,
         "recovery": "auto",
     }
@@ -392,6 +394,7 @@ def test_a_setting_of_the_job_without_meaning_is_named(name, value):
     rounding=st.sampled_from(["nearest", "stochastic"]),
     seed=st.integers(0, 2**63 - 1),
     reply_dtype=st.sampled_from([None, torch.bfloat16, torch.float16]),
+    wire_dtype=st.sampled_from([None, "float32", "bfloat16", "float16", "int8", "auto"]),
     keep_masters=st.booleans(),
     recovery=st.sampled_from(["auto", "workers", "checkpoint"]),
 )
@@ -413,12 +416,26 @@ def test_settings_of_a_job_have_one_type_each():
         ("max_grad_norm", [0, 0.0, -1.0, nan, inf, "1", True]),
         ("rounding", ["up", "Nearest", None, 1]),
         ("seed", [-1, 2**63, 1.0, True, None, "0"]),
-        ("reply_dtype", [torch.float64, torch.int8, torch.ones(2), "bfloat16", "stochastic", 1]),
+        ("reply_dtype", [torch.float64, torch.int8, torch.ones(2), "int8", "auto", "", 1]),
+        ("wire_dtype", [torch.float64, "fp16", "Int8", "", torch.ones(2), b"int8", 8, True]),
     ],
 )
 def test_a_value_without_meaning_for_a_job_is_named(name, values):
     for value in values:
         assert f"{name}={value!r}" in job_refused(**{name: value}).message
+
+
+@pytest.mark.parametrize("word", ["float32", "bfloat16", "float16"])
+def test_formats_can_be_given_by_name_or_as_those_of_torch(word):
+    dtype = getattr(torch, word)
+    for given_as in (word, dtype):
+        found = job_settings(reply_dtype=given_as, wire_dtype=given_as)
+        assert (found["reply_dtype"], found["wire_dtype"]) == (dtype, word)
+    assert job_settings(wire_dtype=torch.int8)["wire_dtype"] == "int8"
+
+
+def test_a_link_is_not_measured_unless_that_is_asked_for():
+    assert inspect.signature(Adafactor).parameters["wire_dtype"].default is None
 
 
 def test_replies_that_are_never_rounded_contradict_stochastic_rounding():

@@ -42,7 +42,7 @@ class FakeSession:
     def __init__(self, transport, address, job, spec, parameters, **options):
         self.id, self.rank, self.version = "worker-1", 0, -1
         self.spec, self.options = spec, options
-        self.pushes, self.closed, self.abandoned = [], 0, 0
+        self.pushes, self.closed, self.abandoned, self.applied = [], 0, 0, True
         type(self).made.append(self)
 
     def step(self, push):

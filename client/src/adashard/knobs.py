@@ -28,7 +28,13 @@ WEIGHT_DECAY_MODES = {
 EPS_PLACEMENTS = {"added": EpsPlacement.ADDED, "clamped": EpsPlacement.CLAMPED}
 ROUNDINGS = ("nearest", "stochastic")
 RECOVERIES = ("auto", "workers", "checkpoint")
-REPLY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REPLY_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+WIRE_DTYPES = {**REPLY_DTYPES, "int8": torch.int8}
+AUTO = "auto"
 SEED_LIMIT = 1 << 63
 """Seeds are below this: they travel as signed numbers of 64 bits."""
 
@@ -92,7 +98,15 @@ References:
 KNOBS = tuple(_PAPER)
 """Names of all knobs, in the order of the constructor."""
 
-JOB_SETTINGS = ("max_grad_norm", "rounding", "seed", "reply_dtype", "keep_masters", "recovery")
+JOB_SETTINGS = (
+    "max_grad_norm",
+    "rounding",
+    "seed",
+    "reply_dtype",
+    "wire_dtype",
+    "keep_masters",
+    "recovery",
+)
 """Names of the settings that hold for a whole job, and not for a group."""
 
 _LR_CAPS_A_RELATIVE_STEP = ("torch",)
@@ -196,22 +210,24 @@ def resolve_job_settings(
     rounding: object,
     seed: object,
     reply_dtype: object,
+    wire_dtype: object,
     keep_masters: object,
     recovery: object,
 ) -> dict[str, Any]:
     """Checks the settings that hold for a whole job. Pure.
 
     Returns:
-        Every name of `JOB_SETTINGS` with its value, of one type or None.
+        Every name of `JOB_SETTINGS` with its value, of one type or None: `reply_dtype` is torch's,
+        `wire_dtype` a word.
 
     Raises:
         InvalidSettings: a value has no meaning, or two contradict each other.
     """
     if max_grad_norm is not None:
         max_grad_norm = _number("max_grad_norm", max_grad_norm)
-    if not any(reply_dtype is known for known in (*REPLY_DTYPES, None)):
-        raise _meaningless("reply_dtype", reply_dtype, _either((*REPLY_DTYPES, None)))
-    if rounding == "stochastic" and reply_dtype is torch.float32:
+    reply = _format("reply_dtype", reply_dtype, REPLY_DTYPES)
+    wire = AUTO if wire_dtype == AUTO else _format("wire_dtype", wire_dtype, WIRE_DTYPES)
+    if rounding == "stochastic" and reply == "float32":
         raise _contradiction(
             "float32 replies are not rounded, and a worker of less would round them to nearest",
             "Leave reply_dtype out, or give rounding='nearest'.",
@@ -229,7 +245,8 @@ def resolve_job_settings(
         "max_grad_norm": max_grad_norm,
         "rounding": _choice("rounding", rounding, ROUNDINGS),
         "seed": _whole_number("seed", seed),
-        "reply_dtype": reply_dtype,
+        "reply_dtype": reply and REPLY_DTYPES[reply],
+        "wire_dtype": wire,
         "keep_masters": _yes_or_no("keep_masters", keep_masters),
         "recovery": _choice("recovery", recovery, RECOVERIES),
     }
@@ -340,6 +357,17 @@ def _choice(name: str, value: object, choices: Collection[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise _meaningless(name, value, _either(choices))
     return value
+
+
+def _format(name: str, value: object, formats: Mapping[str, torch.dtype]) -> str | None:
+    """The name of a number format, given by that or as torch's; None for none."""
+    for word, dtype in formats.items():
+        if value is dtype or (isinstance(value, str) and value == word):
+            return word
+    if value is not None:
+        also = (AUTO,) if name == "wire_dtype" else ()
+        raise _meaningless(name, value, _either((*formats, *also, None)))
+    return None
 
 
 def _yes_or_no(name: str, value: object) -> bool:

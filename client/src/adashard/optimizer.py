@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from adashard import state_dict as layouts
+from adashard.address import coordinator_address
+from adashard.gradient_format import GradientFormat
 from adashard.gradients import gathered, listed, not_finite, refusal
 from adashard.knobs import recovery_of
 from adashard.omissions import Omissions
@@ -39,8 +41,6 @@ from adashard.wire.spec import Group, JobSpec, Parameter, Rounding
 from adashard.wire.tensors import wire_dtype
 
 log = logging.getLogger("adashard")
-
-DEFAULT_ADDRESS = "localhost:50051"
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
@@ -67,13 +67,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
         rounding: str = "nearest",
         seed: int = 0,
         reply_dtype: torch.dtype | None = None,
+        wire_dtype: str | None = None,
         keep_masters: bool = False,
         recovery: str = "auto",
     ) -> None:
         if nonfinite not in ("reject", "skip"):
             raise InvalidSettings(f"nonfinite={nonfinite!r}: choose 'reject' or 'skip'")
         self._on_existing = _on_existing(on_existing)
-        self._address = _address(address)
+        self._address = coordinator_address(address)
         self._token = token if token is not None else os.environ.get("ADASHARD_TOKEN", "")
         self._job, self._nonfinite = job, nonfinite
         self._slice_bytes = CLUSTER_DEFAULT if slice_bytes is None else slice_bytes
@@ -85,6 +86,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             seed=seed,
             keep_masters=keep_masters,
         )
+        self._format = GradientFormat(wire_dtype)
         self._recovery = recovery
         self._session: Session | None = None
         self._loaded: State | None = None  # until the job has taken a step from it
@@ -218,9 +220,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         It is laid out as that of `torch.optim.Adafactor`, and loads there: second moments in
         float32 under `row_var`, `col_var` or `variance`, `exp_avg` with beta1, torch's settings of
         a group beside ours. What torch has no word for stands under the key "remote": job, version
-        and, where weights come to the worker below float32, the float32 ones ("masters"). Before
-        the first step it is what was loaded. No other worker is kept waiting; of several, one
-        saves for all.
+        and, where weights come to the worker below float32, the float32 ones ("masters"); and what
+        `wire_dtype` has left to be sent of this worker's gradients ("wire"). Before the first step
+        it is what was loaded. No other worker is kept waiting; of several, one saves for all,
+        unless each is to keep what it has left to send.
 
         Args:
             to_transformers: whether the layout is that of `transformers.Adafactor` instead.
@@ -249,6 +252,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self.param_groups,
             job=self._job,
             to_transformers=to_transformers,
+            wire=self._format.saved(weights),
         )
         for after in self._optimizer_state_dict_post_hooks.values():
             found = after(self, found) or found
@@ -284,6 +288,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._compare(self._session, loaded)
         if self._session is None:
             self._loaded, self._stepped = loaded, False
+            self._format.load(**layouts.unpack_wire(saved, self._spec_of(groups)))
         self.param_groups = groups
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -370,14 +375,17 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """Takes one step with these gradients; `broken` names those that are not finite."""
         session = self._joined(parameters)
         self._check_layouts(session.spec)
+        encoding = self._format.begin()
         try:
             push = Push(
                 gradients=gradients,
                 not_finite=broken,
                 settings=cache(self._settings),  # a repeated push says the same
                 max_grad_norm=self._max_grad_norm,
+                encoding=encoding,
             )
-            if not session.step(push):
+            used = session.step(push)
+            if not used:
                 log.info(
                     "job %r: adopted the weights of step %d; this worker's first gradient was "
                     "computed on others and is dropped",
@@ -388,6 +396,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._session = None
             session.abandon()
             raise
+        self._format.end(encoding, gradients, used=used and session.applied, job=self._job)
         self._loaded, self._stepped = None, True
         self._omissions.stepped()
         self._flush_log(session)
@@ -399,6 +408,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             tensors = [tensor for _, tensor, _ in parameters]
             if self._loaded is not None:
                 self._loaded = fitted(self._loaded, spec, tensors, self._replies)
+            else:
+                self._format.forget()
             self._session = Session(
                 GrpcTransport(),
                 self._address,
@@ -480,17 +491,3 @@ def _on_existing(choice: str) -> OnExisting:
         raise InvalidSettings(
             f"on_existing={choice!r}: choose 'resume', 'replace' or 'error'"
         ) from None
-
-
-def _address(address: str | None) -> str:
-    """host:port to connect to: the argument, else ADASHARD_ADDRESS, else this machine."""
-    found = address or os.environ.get("ADASHARD_ADDRESS") or DEFAULT_ADDRESS
-    host, _, port = found.rpartition(":")
-    if not host or not port.isdigit():
-        raise InvalidSettings(f"address={found!r} is not host:port, e.g. {DEFAULT_ADDRESS}")
-    if host in ("0.0.0.0", "[::]"):
-        raise InvalidSettings(
-            f"address={found!r}: {host} is where a server listens, not where it is reached",
-            remedy="Use the server's host name, or localhost on the same machine.",
-        )
-    return found

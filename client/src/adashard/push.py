@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from adashard.encoding import Encoding
 from adashard.wire.bits import bits_of
 from adashard.wire.messages import GroupStep
 from adashard.wire.spec import Rounding
@@ -26,6 +27,7 @@ class Push:
         settings: makes the settings of each group from the parameters' step counts so far.
         share: how much it counts in the mean.
         max_grad_norm: bound of the norm of the mean over the whole model; None for none.
+        encoding: the formats that gradients travel in.
     """
 
     gradients: Mapping[int, Tensor]
@@ -33,6 +35,7 @@ class Push:
     share: float = 1.0
     max_grad_norm: float | None = None
     not_finite: tuple[int, ...] = ()
+    encoding: Encoding = field(default_factory=Encoding)
 
     def present(self, count: int) -> bytes:
         """One bit per parameter, least significant first."""

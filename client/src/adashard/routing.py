@@ -14,8 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from adashard.address import is_loopback
+from adashard.encoding import Encoding, encoded
+from adashard.feedback import part_of
 from adashard.push import Replies
-from adashard.rows import is_sparse, row_extents, values_within
+from adashard.rows import is_sparse, row_extents
+from adashard.wire.blocks import BLOCK_ELEMENTS
 from adashard.wire.errors import InvalidFrame
 from adashard.wire.frames import Extent, cut_runs, data_frame
 from adashard.wire.messages import Entry, Member
@@ -50,6 +54,7 @@ class Routing:
         self.slices: tuple[Slice, ...] = cut(spec)
         self.parameters = tuple(parameters)
         self.replies = replies or Replies()
+        self._shards_here = False  # whether all of them are on this machine
 
     def dtypes(self) -> tuple[DType, ...]:
         """The formats in which weights are wanted: one for all parameters, or one each."""
@@ -61,6 +66,7 @@ class Routing:
         found: dict[Member, list[int]] = {}
         for index, owner in enumerate(entry.placement):
             found.setdefault(entry.shards[owner], []).append(index)
+        self._shards_here = all(is_loopback(member.address) for member in found)
         return found
 
     def parameter(self, index: int) -> Tensor:
@@ -86,6 +92,8 @@ class Routing:
         gradients: Mapping[int, Tensor],
         indices: Iterable[int],
         starts: Mapping[int, int] | None = None,
+        *,
+        encoding: Encoding | None = None,
     ) -> Iterator[bytes]:
         """The frames that carry the gradients of `indices`, where there are any.
 
@@ -94,19 +102,28 @@ class Routing:
                 row-sparse as `rows.coalesced_rows` returns them.
             indices: slices, in the order in which they are sent; none of them twice.
             starts: by slice, how many of its elements need not be sent. What makes no sense, and
-                what would end inside sparse rows, counts for nothing.
+                what would end inside sparse rows or a block of int8, counts for nothing.
+            encoding: of the push, the same for each of its streams; None to send gradients in
+                the format that they are in.
         """
-        outgoing = _Outgoing(self.slices, gradients, starts or {})
+        encoding = encoding or Encoding()
+        meter = encoding.meter
+        if meter is not None:
+            meter.began(here=self._shards_here)
+        outgoing = _Outgoing(self.slices, gradients, starts or {}, encoding)
         wanted = [index for index in indices if self.piece(index).parameter in gradients]
         extents = (extent for index in wanted for extent in outgoing.extents(index))
         for runs in cut_runs(extents):
             by_slice = itertools.groupby(runs, lambda run: run.slice)
             counts = [(index, sum(run.count for run in its_runs)) for index, its_runs in by_slice]
-            yield data_frame(runs, [outgoing.take(index, count) for index, count in counts])
+            frame = data_frame(runs, [outgoing.take(index, count) for index, count in counts])
+            yield frame
+            if meter is not None:
+                meter.accepted(len(frame))
 
     def view(self, index: int) -> Tensor:
         """The weights of a slice as they stand, in its shape; a view of the parameter."""
-        return _view(self.parameter(index), self.slices[index])
+        return part_of(self.parameter(index), self.slices[index])
 
     def write(self, index: int, buffers: Sequence[memoryview], dtype: DType) -> bool:
         """Writes a whole slice into its parameter, in place.
@@ -140,11 +157,17 @@ class _Outgoing:
     """Slices on their way out: what of each travels, and its elements from first to last."""
 
     def __init__(
-        self, slices: Sequence[Slice], tensors: Mapping[int, Tensor], starts: Mapping[int, int]
+        self,
+        slices: Sequence[Slice],
+        tensors: Mapping[int, Tensor],
+        starts: Mapping[int, int],
+        encoding: Encoding,
     ) -> None:
         self._slices, self._tensors, self._starts = slices, tensors, starts
+        self._encoding = encoding
         self._slice = -1
         self._part = _NOTHING
+        self._dtype: DType | None = None  # None for that of the part
         self._copy: Tensor | None = None
         self._taken = 0
 
@@ -153,11 +176,12 @@ class _Outgoing:
         tensor, start = self._tensors[piece.parameter], self._start(index)
         if start == piece.element_count:
             return
+        dtype = self._encoding.dtype_of(tensor)
         if is_sparse(tensor):
-            yield from row_extents(tensor, piece)
+            yield from row_extents(tensor, piece, dtype)
         else:
             row, count = piece.shape[-1] if piece.shape else 1, piece.element_count - start
-            yield Extent(index, count, row, wire_dtype(tensor.dtype), start=start)
+            yield Extent(index, count, row, dtype, start=start)
 
     def take(self, index: int, count: int) -> memoryview:
         """The next elements of a slice."""
@@ -165,12 +189,14 @@ class _Outgoing:
             self._begin(index)
         first, self._taken = self._taken, self._taken + count
         there = _elements(self._part, first, self._taken)
+        if self._dtype is not None:
+            if there is None:
+                there = self._copied()[first : self._taken]
+            return as_buffer(flat_on_cpu(encoded(there, self._dtype)))
         if there is not None:
             return row_by_row(there)
-        if self._copy is None:
-            self._copy = flat_on_cpu(self._part)
-        elements = as_buffer(self._copy[first : self._taken])
-        if 0 < first < self._taken == self._copy.numel():
+        elements = as_buffer(self._copied()[first : self._taken])
+        if 0 < first < self._taken == self._copied().numel():
             return memoryview(bytes(elements))  # the frame goes on, and the slice's copy may go
         return elements
 
@@ -178,24 +204,31 @@ class _Outgoing:
         piece = self._slices[index]
         tensor = self._tensors[piece.parameter]
         self._copy = None  # of the slice before
-        self._part = values_within(tensor, piece) if is_sparse(tensor) else _view(tensor, piece)
+        self._part = self._encoding.part(tensor, piece)
+        dtype = self._encoding.dtype_of(tensor)
+        self._dtype = None if dtype is wire_dtype(tensor.dtype) else dtype
         self._slice, self._taken = index, self._start(index)
+
+    def _copied(self) -> Tensor:
+        """The slice's elements in one piece, where they cannot be viewed so; made once."""
+        if self._copy is None:
+            self._copy = flat_on_cpu(self._part)
+        return self._copy
 
     def _start(self, index: int) -> int:
         """The first element that is sent."""
         piece, start = self._slices[index], self._starts.get(index, 0)
-        inside = is_sparse(self._tensors[piece.parameter]) and start != piece.element_count
-        return 0 if inside or not 0 <= start <= piece.element_count else start
+        if start == piece.element_count:
+            return start
+        tensor = self._tensors[piece.parameter]
+        inside = is_sparse(tensor) or (
+            self._encoding.dtype_of(tensor) is DType.INT8 and start % BLOCK_ELEMENTS != 0
+        )
+        return 0 if inside or not 0 <= start < piece.element_count else start
 
 
 _NOTHING = torch.empty(0)
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _view(tensor: Tensor, piece: Slice) -> Tensor:
-    """The part of a tensor that a slice is, in its shape."""
-    whole = tensor.detach()
-    return whole.narrow(piece.axis, piece.start, piece.stop - piece.start) if piece.shape else whole
 
 
 def _elements(part: Tensor, start: int, stop: int) -> Tensor | None:

@@ -19,7 +19,7 @@ from adashard.wire.bits import bits_of
 from adashard.wire.errors import InvalidGradient
 from adashard.wire.frames import Extent
 from adashard.wire.placement import Slice
-from adashard.wire.tensors import wire_dtype
+from adashard.wire.spec import DType
 
 
 def is_sparse(gradient: Tensor) -> bool:
@@ -77,13 +77,13 @@ def values_within(gradient: Tensor, piece: Slice) -> Tensor:
     return gradient.values()[first:last]
 
 
-def row_extents(gradient: Tensor, piece: Slice) -> Iterator[Extent]:
+def row_extents(gradient: Tensor, piece: Slice, dtype: DType) -> Iterator[Extent]:
     """The runs of elements of the rows of a slice that were touched, ascending, and its end.
 
-    Rows beside each other are one run. Their elements are those of `values_within`, row by row.
+    Rows beside each other are one run. Their elements are those of `values_within`, row by row,
+    and travel as `dtype`.
     """
     width, row = math.prod(piece.shape[1:]), piece.shape[-1]
-    dtype = wire_dtype(gradient.dtype)
     for start, count in _stretches(_rows_within(gradient, piece)):
         yield Extent(piece.index, count * width, row, dtype, start=start * width)
     yield Extent(piece.index, 0, row, dtype, start=piece.element_count)

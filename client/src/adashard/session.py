@@ -143,6 +143,11 @@ class Session:
         """This worker's rank; None before it is part of a generation."""
         return self._worker.rank
 
+    @property
+    def applied(self) -> bool:
+        """Whether the newest step changed weights; not one with a gradient that is not finite."""
+        return self._worker.applied
+
     def step(self, push: Push) -> bool:
         """Takes one step with `push`; returns when the parameters hold the next version.
 
@@ -270,12 +275,14 @@ class Session:
         self, member: Member, begin: Begin, slices: list[int], push: Push | None, owed: list[int]
     ) -> Talk:
         """One shard's part of a step."""
-        gradient = partial(self._routed.gradient_frames, push.gradients, owed) if push else None
+        frames, gradient = self._routed.gradient_frames, None
+        if push and begin.push:
+            gradient = partial(frames, push.gradients, owed, encoding=push.encoding)
         return Talk(
             member=member,
             begin=begin,
             parts=self._held.parts,
-            gradient=gradient if begin.push else None,
+            gradient=gradient,
             begun=begin.step == self._begun,
             received=partial(self._received, begin),
             whole=lambda: not self._worker.behind(slices, begin.step),
@@ -326,8 +333,7 @@ class Session:
         Raises:
             StaleGeneration: the generation has ended meanwhile.
         """
-        parameters = enumerate(self._parameters)
-        rounded = {index for index, one in parameters if self._replies.rounded_to(one)}
+        rounded = {i for i, one in enumerate(self._parameters) if self._replies.rounded_to(one)}
         gathering = Gathering(plan.entry.spec, version, masters=rounded)
         begin = replace(self._begin(plan.entry, version, None), dtypes=(DType.FLOAT32,), state=True)
         talks = [

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adashard.knobs import lr_counts
+from adashard.knobs import WIRE_DTYPES, lr_counts
 from adashard.state import MOMENTS, Moments, State, moment_shapes, zero_moments
 from adashard.wire.errors import InvalidRequest, InvalidSettings, ModelMismatch
 from adashard.wire.messages import Content
@@ -28,7 +28,10 @@ from adashard.wire.placement import factored_axes
 from adashard.wire.spec import AdafactorLayout, JobSpec, Parameter
 
 REMOTE = "remote"
-"""The key of what a dict has for us alone: job, version and float32 masters."""
+"""The key of what a dict has for us alone: job, version, float32 masters, and "wire"."""
+
+WIRE = "wire"
+"""There, the key of how one worker's gradients travel: "dtype" and "residuals" by parameter."""
 
 OURS = "adashard"
 """In a group, the key of our settings that share their name with another one's."""
@@ -102,6 +105,7 @@ def pack(
     *,
     job: str,
     to_transformers: bool,
+    wire: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The dict of a state; it can be loaded with `torch.load(..., weights_only=True)`.
 
@@ -112,9 +116,12 @@ def pack(
         groups: the optimizer's param groups.
         job: its name.
         to_transformers: whether it is to load in `transformers.Adafactor` instead of torch's.
+        wire: of the worker that saves; None or empty for nothing of it.
     """
     library = _TRANSFORMERS if to_transformers else _TORCH
     remote: dict[str, Any] = {"job": job, "version": 0, "masters": {}}
+    if wire:
+        remote[WIRE] = dict(wire)
     entries: dict[int, dict[str, Any]] = {}
     if state is not None:
         remote.update(version=state.version, masters=dict(state.masters))
@@ -290,7 +297,7 @@ def unpack(saved: Mapping[str, Any], spec: JobSpec) -> State | None:
         counts.append(reader.step_count(entry))
         all_moments.append(reader.moments(entry))
         if index in remote["masters"]:
-            masters[index] = reader.master(remote["masters"][index])
+            masters[index] = reader.whole("master", remote["masters"][index])
     version = max(remote["version"], *counts)
     if version == 0:
         return None
@@ -300,6 +307,33 @@ def unpack(saved: Mapping[str, Any], spec: JobSpec) -> State | None:
         moments=tuple(all_moments),
         masters=masters,
     )
+
+
+def unpack_wire(saved: Mapping[str, Any], spec: JobSpec) -> dict[str, Any]:
+    """How the gradients of the worker that saved a dict travelled: "dtype" and "residuals".
+
+    Args:
+        saved: a dict that has passed `unpack`.
+        spec: the model.
+
+    Raises:
+        ModelMismatch: a residual is of another shape than its parameter.
+        InvalidRequest: it is not what `state_dict()` has written.
+    """
+    wire = (saved.get(REMOTE) or {}).get(WIRE, {"dtype": None, "residuals": {}})
+    if not isinstance(wire, Mapping) or not isinstance(wire.get("residuals"), Mapping):
+        raise _not_ours()
+    if wire.get("dtype") not in (*WIRE_DTYPES, None):
+        raise _not_ours()
+    residuals = {}
+    for index, residual in wire["residuals"].items():
+        there = type(index) is int and 0 <= index < len(spec.parameters)
+        if not there or not isinstance(residual, Tensor):
+            raise _not_ours()
+        parameter = spec.parameters[index]
+        reader = _Reader(index, parameter, _layout(spec, parameter))
+        residuals[index] = reader.whole("residual", residual)
+    return {"dtype": wire["dtype"], "residuals": residuals}
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,14 +373,15 @@ class _Reader:
             if content in shapes
         }
 
-    def master(self, master: Tensor) -> Tensor:
+    def whole(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor that has the parameter's shape: its master, or its residual."""
         shape = self.parameter.shape
-        if tuple(master.shape) != shape:
+        if tuple(tensor.shape) != shape:
             raise _mismatch(
-                f"parameter {self.index} {self.parameter.name!r} has a master of "
-                f"{tuple(master.shape)} in the state dict, {shape} here"
+                f"parameter {self.index} {self.parameter.name!r} has a {name} of "
+                f"{tuple(tensor.shape)} in the state dict, {shape} here"
             )
-        return self._finite("master", master)
+        return self._finite(name, tensor)
 
     def _checked(self, name: str, found: Mapping[str, Tensor], content: Content) -> Tensor:
         moment = self._finite(name, found[name])
@@ -377,7 +412,11 @@ def _remote(saved: object) -> dict[str, Any]:
         version, masters = saved.get("version"), saved.get("masters", {})
         if type(version) is int and version >= 0 and isinstance(masters, Mapping):
             return {"version": version, "masters": masters}
-    raise InvalidRequest(f"{REMOTE!r} in the state dict is not what state_dict() has written")
+    raise _not_ours()
+
+
+def _not_ours() -> InvalidRequest:
+    return InvalidRequest(f"{REMOTE!r} in the state dict is not what state_dict() has written")
 
 
 def _layout(spec: JobSpec, parameter: Parameter) -> AdafactorLayout:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 
 from adashard.wire.control import Frozen, Stale, Standing
 from adashard.wire.errors import Internal, InvalidFrame, StaleGeneration
-from adashard.wire.messages import Entry, Plan, Record
+from adashard.wire.messages import Entry, Outcome, Plan, Record
 from adashard.wire.placement import Slice, cut
 from adashard.wire.spec import JobSpec, Recovery
 
@@ -83,6 +83,11 @@ class Worker:
             complete=self.version >= 0,
             leaving=self.leaving,
         )
+
+    @property
+    def applied(self) -> bool:
+        """Whether the step `version` changed weights."""
+        return self.record is not None and self.record.outcome is Outcome.APPLY
 
     def supplies(self, plan: Plan) -> dict[int, int]:
         """The slices that it is to upload for `plan` and holds, with their versions (W3)."""

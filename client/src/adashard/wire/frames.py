@@ -11,12 +11,13 @@ Everything that arrives is checked against a limit before it is believed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from adashard.wire import codec
+from adashard.wire import blocks, codec
 from adashard.wire.checksums import RunningChecksums
 from adashard.wire.errors import InvalidFrame, InvalidRequest
 from adashard.wire.messages import Acknowledge, Begin, Content, Record, Run, UploadBegin
@@ -28,6 +29,7 @@ HEADER_BYTES_MAX = 8 << 20
 FRAME_BYTES_MAX = PAYLOAD_BYTES_MAX + HEADER_BYTES_MAX + 64
 RUNS_MAX = 1 << 16
 ITEM_BYTES = {DType.FLOAT32: 4, DType.BFLOAT16: 2, DType.FLOAT16: 2, DType.FLOAT64: 8}
+"""Of the formats whose elements stand by themselves; those of int8 come in blocks."""
 
 _ALIGNMENT = 64
 _HEADER_TAG, _PAYLOAD_TAG, _PADDING_TAG = b"\x0a", b"\x12", b"\x7a"
@@ -48,9 +50,14 @@ class Frame:
         """Each run with its part of the payload, not copied."""
         offset = 0
         for run in self.runs:
-            end = offset + run.count * ITEM_BYTES[run.dtype]
+            end = offset + payload_bytes(run.dtype, run.count)
             yield run, self.payload[offset:end]
             offset = end
+
+
+def payload_bytes(dtype: DType, count: int) -> int:
+    """Bytes of so many elements on the wire; those of int8 begin where a block does."""
+    return blocks.bytes_of(count) if dtype is DType.INT8 else count * ITEM_BYTES[dtype]
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -128,7 +135,7 @@ class Extent:
         row: how long a row of the slice is.
         dtype: the format in which they travel.
         content: what of the slice they are.
-        start: the first of them.
+        start: the first of them; with int8 the first of a block, and all to the slice's end follow.
     """
 
     slice: int
@@ -144,17 +151,18 @@ def cut_runs(extents: Iterable[Extent]) -> Iterator[tuple[Run, ...]]:
 
     Small slices share a frame. A large one's frames end where a block of four rows ends, as the
     sums inside a slice are formed over such blocks; a block larger than a frame spans several.
+    With int8 they end where one of its blocks ends too, and where only that is to be had, there.
     """
     runs: list[Run] = []
     room = PAYLOAD_BYTES_MAX
     for extent in extents:
-        item, start, stop = ITEM_BYTES[extent.dtype], extent.start, extent.start + extent.count
+        start, stop = extent.start, extent.start + extent.count
         whole = False
         while not whole:
-            count = _fitting(extent, start, room // item, fresh=not runs)
+            count = _fitting(extent, start, room, fresh=not runs)
             if count or not extent.count:
                 runs.append(_run(extent, start, count))
-                start, room = start + count, room - count * item
+                start, room = start + count, room - payload_bytes(extent.dtype, count)
             whole = start == stop
             if not whole or len(runs) == RUNS_MAX:
                 yield tuple(runs)
@@ -174,15 +182,20 @@ def _run(extent: Extent, start: int, count: int) -> Run:
 
 
 def _fitting(extent: Extent, start: int, room: int, *, fresh: bool) -> int:
-    """How many elements from `start` fit into `room` elements and end at a border."""
+    """How many elements from `start` fit into `room` bytes and end at a border."""
     rest = extent.start + extent.count - start
-    if rest <= room:
+    if payload_bytes(extent.dtype, rest) <= room:
         return rest
-    block = 4 * extent.row
-    whole = (start + room) // block * block - start
+    border = 4 * extent.row
+    if extent.dtype is DType.INT8:
+        fitting = room // blocks.BLOCK_BYTES * blocks.BLOCK_ELEMENTS
+        border = math.lcm(border, blocks.BLOCK_ELEMENTS)
+    else:
+        fitting = room // ITEM_BYTES[extent.dtype]
+    whole = (start + fitting) // border * border - start
     if whole > 0:
         return whole
-    return room if fresh else 0
+    return fitting if fresh else 0
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -267,12 +280,14 @@ def _check(leading: Leading | None, runs: tuple[Run, ...], payload: memoryview) 
     for run in runs:
         if run.slice < 0 or run.start < 0 or run.count < 0 or not _readable(run):
             raise InvalidFrame(f"a run is not possible: {run}")
-        expected += run.count * ITEM_BYTES[run.dtype]
+        expected += payload_bytes(run.dtype, run.count)
     if expected != len(payload):
         raise InvalidFrame(f"runs of {expected} bytes came with a payload of {len(payload)}")
 
 
 def _readable(run: Run) -> bool:
+    if run.dtype is DType.INT8:
+        return run.content is Content.WEIGHT and run.start % blocks.BLOCK_ELEMENTS == 0
     return run.dtype in ITEM_BYTES and run.content is not Content.UNSPECIFIED
 
 

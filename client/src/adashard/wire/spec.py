@@ -18,6 +18,7 @@ class DType(enum.IntEnum):
     BFLOAT16 = 2
     FLOAT16 = 3
     FLOAT64 = 4
+    INT8 = 5
 
 
 class Rounding(enum.IntEnum):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adashard.wire import blocks
 from adashard.wire.errors import InvalidFrame, UnsupportedParameter
 from adashard.wire.spec import DType
 
@@ -71,6 +72,38 @@ def from_buffer(buffer: memoryview, dtype: DType) -> Tensor:
     return torch.frombuffer(buffer, dtype=torch_dtype(dtype))
 
 
+def addend_from(buffer: memoryview, dtype: DType) -> Tensor:
+    """The elements of a pushed gradient over `buffer`, not copied, not to be written to.
+
+    Flat, in their format; those of int8 stay in the blocks that they come in (`blocks.py`), as
+    bytes of type uint8, which is how the loops that add them want them.
+
+    Raises:
+        InvalidFrame: the format is not stated.
+    """
+    if dtype is not DType.INT8:
+        return from_buffer(buffer, dtype)
+    return torch.frombuffer(buffer, dtype=torch.uint8) if buffer.nbytes else _NO_BLOCKS
+
+
+def element_count(addend: Tensor) -> int:
+    """How many elements are in what `addend_from` has returned."""
+    return blocks.elements_of(addend.numel()) if _in_blocks(addend) else addend.numel()
+
+
+def without_first(addend: Tensor, count: int) -> Tensor:
+    """What `addend_from` has returned without its first `count` elements; a view.
+
+    Raises:
+        InvalidFrame: they end inside a block.
+    """
+    if not _in_blocks(addend):
+        return addend[count:]
+    if count % blocks.BLOCK_ELEMENTS:
+        raise InvalidFrame(f"a gradient in int8 cannot go on {count} elements behind a border")
+    return addend[blocks.bytes_of(count) :]
+
+
 def flat_on_cpu(tensor: Tensor) -> Tensor:
     """`tensor` in row-major order on the CPU, flat; a view where that is possible."""
     return flat_view(tensor.detach().contiguous().cpu())
@@ -84,6 +117,12 @@ def flat_view(tensor: Tensor) -> Tensor:
     """
     return tensor.as_strided((tensor.numel(),), (1,))
 
+
+def _in_blocks(addend: Tensor) -> bool:
+    return addend.dtype is torch.uint8
+
+
+_NO_BLOCKS = torch.empty(0, dtype=torch.uint8)
 
 # torch warns once a process about tensors over read-only memory; ours are never written to.
 with warnings.catch_warnings():

@@ -36,6 +36,8 @@ def compile_ahead() -> None:
             _step(Layout(shape, _WHOLE, axes, axis), _settings(beta1, eps1))
     addend, total = torch.ones(4), torch.zeros(4)
     CompiledPasses.accumulate(total, addend, 1.0, first=True)
+    blocks = torch.zeros(8, dtype=torch.uint8)  # 4 elements of int8 and their scale
+    CompiledPasses.accumulate(total, blocks, 1.0, first=True)
     for dtype in (torch.bfloat16, torch.float16):
         rounded(addend, dtype, seed=0, slice_index=0, step=1, first=0)
 

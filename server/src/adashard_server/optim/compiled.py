@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adashard_server.optim.kernels import cpu
+from adashard_server.optim.kernels import blocks, cpu
 from adashard_server.optim.passes import Passes
 
 _NONE = np.empty(0, np.float32)
@@ -189,8 +189,14 @@ class CompiledPasses(Passes):
 
     @staticmethod
     def accumulate(total: Tensor, addend: Tensor, share: float, *, first: bool) -> None:
-        """See `Passes.accumulate`; narrower formats are widened first, which is exact."""
-        cpu.accumulate(total.numpy(), addend.to(torch.float32).numpy(), _f32(share), first)
+        """See `Passes.accumulate`; narrower formats are widened first, which is exact.
+
+        Blocks of int8 are read as they are (`blocks.py`).
+        """
+        if addend.dtype is torch.uint8:
+            blocks.accumulate_blocks(total.numpy(), addend.numpy(), _f32(share), first)
+        else:
+            cpu.accumulate(total.numpy(), addend.to(torch.float32).numpy(), _f32(share), first)
 
 
 def _flat(tensor: Tensor) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

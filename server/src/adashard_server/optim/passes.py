@@ -20,6 +20,8 @@ import math
 import torch
 from torch import Tensor
 
+from adashard_server.optim.blocks import decoded
+
 
 class Passes:
     """The passes, in torch. Stateless; a subclass is faster and no different but in rounding."""
@@ -209,6 +211,8 @@ class Passes:
     @staticmethod
     def accumulate(total: Tensor, addend: Tensor, share: float, *, first: bool) -> None:
         """Adds `share * addend` to `total`, or puts it there if it is the `first`; in place."""
+        if addend.dtype is torch.uint8:
+            addend = decoded(addend, total.numel())
         scaled = addend.to(total.device, total.dtype) * share
         total.copy_(scaled) if first else total.add_(scaled)
 

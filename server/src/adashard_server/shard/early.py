@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adashard.wire.messages import Begin, Run
-from adashard.wire.tensors import from_buffer
+from adashard.wire.tensors import addend_from
 
 EARLY_BYTES_MAX = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class EarlyRun:
-    """A run that waits, with its own copy of the elements."""
+    """A run that waits, with its own copy of the elements, in the format that they came in."""
 
     begin: Begin
     run: Run
@@ -52,7 +52,7 @@ class EarlyRuns:
         """Takes a run to wait, copied; False if there is no room for it."""
         if self._bytes + buffer.nbytes > self._bytes_max:
             return False
-        addend = from_buffer(buffer, run.dtype).clone()
+        addend = addend_from(buffer, run.dtype).clone()
         early = EarlyRun(begin, run, addend)
         self._waiting.setdefault(run.slice, {}).setdefault(begin.sender, deque()).append(early)
         self._bytes += buffer.nbytes

@@ -36,7 +36,7 @@ from adashard.wire.messages import (
     Run,
     UploadBegin,
 )
-from adashard.wire.tensors import from_buffer
+from adashard.wire.tensors import addend_from, without_first
 from adashard_server.shard.early import EarlyRun, EarlyRuns
 from adashard_server.shard.events import degraded
 from adashard_server.shard.exchange import PeerExchange
@@ -214,7 +214,7 @@ class Engine:
             if not isinstance(admission, Add):
                 return
             self._busy.add(run.slice)
-        self._add(begin, run, from_buffer(buffer, run.dtype), admission)
+        self._add(begin, run, addend_from(buffer, run.dtype), admission)
         self._add_early(run.slice)
 
     def wait_decided(self, begin: Begin, alive: Alive) -> Record | None:
@@ -318,7 +318,12 @@ class Engine:
         gap, skip = max(0, run.start - add.start), max(0, add.start - run.start)
         with self._working_on(run.slice):
             self._held().add(
-                run.slice, add.start, gap, addend[skip:], share=begin.share, first=add.first
+                run.slice,
+                add.start,
+                gap,
+                without_first(addend, skip),
+                share=begin.share,
+                first=add.first,
             )
             with self._turn:
                 self._stopwatch.received(begin.step, addend.nbytes)

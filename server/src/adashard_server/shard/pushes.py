@@ -45,7 +45,9 @@ def check_formats(begin: Begin, spec: JobSpec) -> None:
     Raises:
         InvalidRequest: with what it lacks.
     """
-    if len(begin.dtypes) not in (1, len(spec.parameters)) or DType.UNSPECIFIED in begin.dtypes:
+    if len(begin.dtypes) not in (1, len(spec.parameters)) or {DType.UNSPECIFIED, DType.INT8} & set(
+        begin.dtypes
+    ):
         raise InvalidRequest(
             f"weights are wanted in one format or in one each of {len(spec.parameters)}, "
             f"not in {len(begin.dtypes)}"

@@ -14,6 +14,7 @@ from torch import Tensor
 from adashard.wire.messages import Content, Exchange, Record
 from adashard.wire.placement import Slice
 from adashard.wire.spec import AdafactorLayout, JobSpec
+from adashard.wire.tensors import element_count
 from adashard_server.optim import adafactor
 from adashard_server.optim.adafactor import State
 from adashard_server.optim.compiled import CompiledPasses
@@ -135,8 +136,9 @@ class SliceStore:
         if gap:
             zeros = total[start : start + gap]
             zeros.zero_() if first else zeros.add_(0.0)
-        if addend.numel():
-            part = total[start + gap : start + gap + addend.numel()]
+        count = element_count(addend)
+        if count:
+            part = total[start + gap : start + gap + count]
             self.passes.accumulate(part, addend, share, first=first)
 
     def measure(self, index: int, exchange: Exchange, draft: Record) -> Finding:

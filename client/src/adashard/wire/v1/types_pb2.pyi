@@ -35,6 +35,11 @@ class _DTypeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     """IEEE binary16."""
     DTYPE_FLOAT64: _DType.ValueType  # 4
     """IEEE binary64; rounded to float32 by the shard."""
+    DTYPE_INT8: _DType.ValueType  # 5
+    """Blocks of 1024 elements, counted from the slice's first one; the slice's last block may be shorter. Each is a
+    binary32, the scale, and then a signed byte for each element, which stands for byte times scale, rounded to binary32.
+    In a push only. A run begins where a block does, and ends where one does.
+    """
 
 class DType(_DType, metaclass=_DTypeEnumTypeWrapper):
     """The number format of tensor elements on the wire, little endian."""
@@ -49,6 +54,11 @@ DTYPE_FLOAT16: DType.ValueType  # 3
 """IEEE binary16."""
 DTYPE_FLOAT64: DType.ValueType  # 4
 """IEEE binary64; rounded to float32 by the shard."""
+DTYPE_INT8: DType.ValueType  # 5
+"""Blocks of 1024 elements, counted from the slice's first one; the slice's last block may be shorter. Each is a
+binary32, the scale, and then a signed byte for each element, which stands for byte times scale, rounded to binary32.
+In a push only. A run begins where a block does, and ends where one does.
+"""
 global___DType = DType
 
 class _FactoredAxes:
