@@ -120,6 +120,19 @@ def test_a_snapshot_that_was_asked_for_ahead_is_of_its_version(
     assert answer.slices == (0, 1, 2)
 
 
+def test_it_is_cut_although_it_wakes_before_it_is_told_of_the_step(
+    table: Table, disk: Disk
+) -> None:
+    """A step is decided under the lock, and told of under the lock, and it may wake in between."""
+    table.engine().snapshots.committed = lambda record: None
+    cutting = Cutting(table, request(1))
+    reply = step(table, 1)
+    answer = cutting.join()
+    assert answer.error is None
+    assert answer.record == reply.record
+    assert equal(bits(disk.written["a"]), bits(held(reply)))
+
+
 def test_a_job_at_rest_is_cut_as_it_is(table: Table, disk: Disk) -> None:
     last = [step(table, number) for number in (1, 2)][-1]
     answer = table.engine().snapshots.run(request(2))

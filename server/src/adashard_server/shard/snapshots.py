@@ -46,6 +46,11 @@ class _Cut:
     void: bool = False
     answer: Snapshotted | None = None
 
+    def see(self, record: Record | None) -> None:
+        """A record is known: that of the version, or another."""
+        if record is not None and record.step == self.request.version:
+            self.record = record
+
 
 class Snapshots:
     """The snapshot of a job that is under way on a shard, if one is.
@@ -86,8 +91,8 @@ class Snapshots:
 
     def committed(self, record: Record) -> None:
         """A step is decided. The lock must be held."""
-        if self._cut is not None and record.step == self._cut.request.version:
-            self._cut.record = record
+        if self._cut is not None:
+            self._cut.see(record)
 
     def take(self, index: int, version: int, store: SliceStore) -> None:
         """Copies a slice, if a snapshot wants it as it is now and has no copy of it.
@@ -149,14 +154,14 @@ class Snapshots:
         if entry is None or entry.generation != request.generation or not self._rounds.opened:
             return None
         self._cut = _Cut(request, entry, self._rounds.mine)
-        if self._rounds.record is not None:
-            self.committed(self._rounds.record)
+        self._cut.see(self._rounds.record)
         return self._cut
 
     def _write(self, cut: _Cut) -> Snapshotted:
         request = cut.request
         with self._turn:
             self._turn.wait_for(lambda: cut.void or self._rounds.version >= request.version)
+            cut.see(self._rounds.record)  # a step may wake it before it is told of the step
             if cut.record is None and request.version > 0:
                 raise StaleGeneration(f"step {request.version} is past already")
         for index in cut.slices:
