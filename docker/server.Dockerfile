@@ -35,7 +35,8 @@ LABEL org.opencontainers.image.title="adashard" \
       org.opencontainers.image.licenses="Apache-2.0"
 # A fixed number, so that volumes keep their owner from one image to the next.
 RUN groupadd --gid 10001 adashard \
-    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin adashard
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin adashard \
+    && install --directory --owner=10001 --group=10001 /var/lib/adashard
 COPY --from=environment /opt/adashard /opt/adashard
 # The root file system is read-only in docker-compose.yml: what needs a home finds it in /tmp.
 ENV PATH=/opt/adashard/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Builds the images, brings the stack of docker-compose.yml up, trains through it with the two
-# workers of the profile `demo`, reads what REST says about it, and takes everything down again.
+# workers of the profile `demo` while one shard is killed, reads what REST says about it, and takes
+# everything down again.
 # Uses its own project name, ports and volumes: a stack that runs already is left alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-STEPS=${DEMO_STEPS:-20}
+STEPS=${DEMO_STEPS:-60}
 WAIT_S=300
 
 fail() { echo "test-compose: $*" >&2; exit 1; }
@@ -67,8 +68,24 @@ wait_until_ready() {
   done
 }
 
+# kill_a_shard STEP: kills its process at or after STEP; Compose would not restart a stopped container.
+kill_a_shard() {
+  local end=$((SECONDS + WAIT_S))
+  until [[ $(rest /api/v1/jobs "any(job['step'] >= $1 for job in answer['items'])" 2>/dev/null) == True ]]; do
+    ((SECONDS < end)) || fail "no step $1 after $WAIT_S s"
+    sleep 0.2
+  done
+  # The end of the container may take this command with it; RestartCount tells whether it came to it.
+  compose exec -T shard-1 python - <<'PYTHON' || true
+import os, pathlib, signal
+children = pathlib.Path("/proc/1/task/1/children").read_text().split()
+os.kill(int(children[0]), signal.SIGKILL)  # of the init process
+PYTHON
+}
+
 train() {
   compose --profile demo up -d worker-0 worker-1
+  kill_a_shard 10
   local worker container code
   for worker in worker-0 worker-1; do
     container=$(compose --profile demo ps -a -q "$worker")
@@ -78,7 +95,10 @@ train() {
 }
 
 read_answers() {
-  local job
+  local job restarts
+  restarts=$(docker inspect --format '{{.RestartCount}}' "$(compose ps -a -q shard-1)")
+  [[ $restarts == 1 ]] || fail "the shard that was killed was restarted $restarts times"
+  say "  the shard that was killed has come back"
   expect "the process answers" /healthz 'answer["status"] == "ok"'
   expect "two shards are there" /api/v1/cluster 'answer["shard_count"] == 2'
   expect "both shards hold weights" /api/v1/shards 'all(shard["weight_bytes"] > 0 for shard in answer["items"])'
@@ -87,6 +107,11 @@ read_answers() {
   expect "the job has taken its steps" "/api/v1/jobs/$job" "answer['step'] >= $STEPS"
   expect "its state is smaller than Adam's" "/api/v1/jobs/$job/state" '0 < answer["total_bytes"] < answer["adam_bytes"]'
   expect "its steps carry a loss" "/api/v1/jobs/$job/steps" 'answer["items"][-1]["loss"] is not None'
+}
+
+read_checkpoints() {
+  compose exec -T coordinator adashard checkpoint verify /var/lib/adashard || fail "a checkpoint is damaged, or there is none"
+  say "  every byte of the checkpoint in the volume is right"
 }
 
 # SIGTERM drains: whoever is stopped ends by itself, in time and with 0.
@@ -107,7 +132,8 @@ PROJECT=adashard-test-$$
 HTTP_PORT=$(free_port)
 GRPC_PORT=$(free_port)
 DEMO_STEPS=$STEPS
-export HTTP_PORT GRPC_PORT DEMO_STEPS
+CHECKPOINT_EVERY=25
+export HTTP_PORT GRPC_PORT DEMO_STEPS CHECKPOINT_EVERY
 trap take_down EXIT
 
 say "building ($(docker version --format '{{.Server.Version}}'), ${COMPOSE[*]} $("${COMPOSE[@]}" version --short))"
@@ -116,10 +142,11 @@ compose build coordinator # the one image
 say "starting"
 compose up -d redis coordinator shard-0 shard-1
 wait_until_ready
-say "training $STEPS steps with two workers"
+say "training $STEPS steps with two workers, and killing a shard"
 train
 say "reading REST"
 read_answers
+read_checkpoints
 say "stopping"
 stop_cleanly
 say "passed"
