@@ -15,6 +15,7 @@ import math
 import struct
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -103,8 +104,15 @@ def layout_of(spec: JobSpec, parameter: int) -> AdafactorLayout:
 
 def state_parts(spec: JobSpec, piece: Slice) -> dict[Content, Part]:
     """What the state of a slice consists of, in the order in which it travels."""
-    shapes = _shapes(piece.shape, piece.axes, layout_of(spec, piece.parameter))
-    return {content: Part(DType.FLOAT32, math.prod(shape)) for content, shape in shapes.items()}
+    return dict(_parts(piece.shape, piece.axes, layout_of(spec, piece.parameter)))
+
+
+@lru_cache(maxsize=1024)  # asked for every run that comes; a model has few shapes of slices
+def _parts(
+    shape: tuple[int, ...], axes: tuple[int, int] | None, layout: AdafactorLayout
+) -> Mapping[Content, Part]:
+    shapes = _shapes(shape, axes, layout)
+    return {content: Part(DType.FLOAT32, math.prod(one)) for content, one in shapes.items()}
 
 
 def _shapes(

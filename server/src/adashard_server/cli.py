@@ -231,11 +231,13 @@ def serve_shard(
     """Data plane: fp32 weights and optimizer state of its slices, on one device."""
     import torch
 
+    from adashard_server.app.allocator import keep_freed_memory
     from adashard_server.app.shard import ShardProcess
     from adashard_server.telemetry import logs
 
     torch.set_num_threads(1)  # parallel over streams; see docs/decisions
     logs.configure(log_level)
+    keep_freed_memory()
     if standby and not _activated():
         return
     process = ShardProcess(
