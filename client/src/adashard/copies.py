@@ -90,18 +90,14 @@ class Copies:
                     copy = replace(copy, dtype=DType.FLOAT32, master=master)
             self._held[index] = copy
 
-    def put(self, arrival: Arrival, *, compare: bool = True) -> bool:
+    def put(self, arrival: Arrival) -> bool:
         """Takes a slice that has come whole, and writes its weights into their parameter, in place.
 
-        Args:
-            arrival: the slice.
-            compare: as in `Routing.write`.
-
         Returns:
-            Whether the weights were there before, bit for bit; True where that is not asked for.
+            Whether the weights were there before, bit for bit.
         """
         index, weights = arrival.slice, arrival.pieces[Content.WEIGHT]
-        same = self._routing.write(index, weights.buffers, weights.dtype, compare=compare)
+        same = self._routing.write(index, weights.buffers, weights.dtype)
         copy = self._copy_of(index, weights)
         if self.with_state:
             kinds = [content for content in MOMENTS if content in arrival.pieces]

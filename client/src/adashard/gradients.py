@@ -48,12 +48,14 @@ def not_finite(gradients: Mapping[int, Tensor]) -> tuple[int, ...]:
     for index, gradient in gradients.items():
         values = gradient.values() if is_sparse(gradient) else gradient
         if values.numel():  # else no row was touched
-            verdicts.setdefault(values.device, {})[index] = _extremes(values)
+            verdicts.setdefault(values.device, {})[index] = _finite(values)
     return tuple(
         sorted(
             index
             for on_device in verdicts.values()
-            for index, finite in zip(on_device, _finite(on_device.values()), strict=True)
+            for index, finite in zip(
+                on_device, torch.stack(list(on_device.values())).tolist(), strict=True
+            )
             if not finite
         )
     )
@@ -83,12 +85,7 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:NAMED_MAX])) + more
 
 
-def _extremes(values: Tensor) -> Tensor:
-    """Least and greatest element, on the values' device, not waited for; both NaN for one NaN."""
-    return torch.stack(torch.aminmax(values))
-
-
-def _finite(extremes: Iterable[Tensor]) -> list[bool]:
-    """Of each pair of extremes on one device whether both are finite; waits for the device once."""
-    found: list[bool] = torch.isfinite(torch.stack(list(extremes))).all(dim=1).tolist()
-    return found
+def _finite(values: Tensor) -> Tensor:
+    """Whether every element is finite: a bool on the values' device, not waited for."""
+    least, greatest = torch.aminmax(values)  # both are NaN if an element is
+    return torch.isfinite(least) & torch.isfinite(greatest)

@@ -18,9 +18,7 @@ from adashard.address import is_loopback
 from adashard.encoding import Encoding, encoded
 from adashard.feedback import part_of
 from adashard.push import Replies
-from adashard.quantize import narrowed
 from adashard.rows import is_sparse, row_extents
-from adashard.staging import Departures, Landings
 from adashard.wire.blocks import BLOCK_ELEMENTS
 from adashard.wire.errors import InvalidFrame
 from adashard.wire.frames import Extent, cut_runs, data_frame
@@ -33,7 +31,6 @@ from adashard.wire.tensors import (
     flat_view,
     from_buffer,
     row_by_row,
-    torch_dtype,
     wire_dtype,
 )
 
@@ -45,7 +42,6 @@ class Routing:
         spec: the job.
         parameters: its tensors, in the order of `spec.parameters`; written in place.
         replies: how weights are wanted; None for in the format of each parameter.
-        landings: the ways into parameters on GPUs; None for new ones.
     """
 
     def __init__(
@@ -54,12 +50,10 @@ class Routing:
         parameters: Sequence[Tensor],
         *,
         replies: Replies | None = None,
-        landings: Landings | None = None,
     ) -> None:
         self.slices: tuple[Slice, ...] = cut(spec)
         self.parameters = tuple(parameters)
         self.replies = replies or Replies()
-        self._landings = landings or Landings(self.parameters)
         self._shards_here = False  # whether all of them are on this machine
 
     def dtypes(self) -> tuple[DType, ...]:
@@ -116,8 +110,8 @@ class Routing:
         meter = encoding.meter
         if meter is not None:
             meter.began(here=self._shards_here)
+        outgoing = _Outgoing(self.slices, gradients, starts or {}, encoding)
         wanted = [index for index in indices if self.piece(index).parameter in gradients]
-        outgoing = _Outgoing(self.slices, gradients, wanted, starts or {}, encoding)
         extents = (extent for index in wanted for extent in outgoing.extents(index))
         for runs in cut_runs(extents):
             by_slice = itertools.groupby(runs, lambda run: run.slice)
@@ -129,12 +123,9 @@ class Routing:
 
     def view(self, index: int) -> Tensor:
         """The weights of a slice as they stand, in its shape; a view of the parameter."""
-        self._landings.settle()
         return part_of(self.parameter(index), self.slices[index])
 
-    def write(
-        self, index: int, buffers: Sequence[memoryview], dtype: DType, *, compare: bool = True
-    ) -> bool:
+    def write(self, index: int, buffers: Sequence[memoryview], dtype: DType) -> bool:
         """Writes a whole slice into its parameter, in place.
 
         Weights are rounded to nearest where the parameter's format is narrower, or where they were
@@ -144,13 +135,11 @@ class Routing:
             index: the slice.
             buffers: the bytes of its elements, in order.
             dtype: their format.
-            compare: whether it is asked for whether they were there before, which takes a read
-                of what is there, and waits for a GPU.
 
         Returns:
-            Whether they were there before, bit for bit; True where that is not asked for.
+            Whether they were there before, bit for bit.
         """
-        view = part_of(self.parameter(index), self.slices[index])
+        view = self.view(index)
         parts = [from_buffer(buffer, dtype) for buffer in buffers]
         borders = list(itertools.accumulate([part.numel() for part in parts], initial=0))
         targets = [_elements(view, *between) for between in itertools.pairwise(borders)]
@@ -160,11 +149,7 @@ class Routing:
         same = True
         for target, part in zip(targets, parts, strict=True):
             assert target is not None
-            same &= not compare or _holds(target, part, through)
-            if self._landings.takes(target):
-                self._landings.write(target, part, through)
-            else:
-                target.copy_(_rounded(part, through).view(target.shape))
+            same &= _write(target, part, through)
         return same
 
 
@@ -175,13 +160,11 @@ class _Outgoing:
         self,
         slices: Sequence[Slice],
         tensors: Mapping[int, Tensor],
-        order: Sequence[int],
         starts: Mapping[int, int],
         encoding: Encoding,
     ) -> None:
         self._slices, self._tensors, self._starts = slices, tensors, starts
         self._encoding = encoding
-        self._departures = Departures(self._departing(order))
         self._slice = -1
         self._part = _NOTHING
         self._dtype: DType | None = None  # None for that of the part
@@ -221,26 +204,10 @@ class _Outgoing:
         piece = self._slices[index]
         tensor = self._tensors[piece.parameter]
         self._copy = None  # of the slice before
+        self._part = self._encoding.part(tensor, piece)
         dtype = self._encoding.dtype_of(tensor)
         self._dtype = None if dtype is wire_dtype(tensor.dtype) else dtype
         self._slice, self._taken = index, self._start(index)
-        departed = None if tensor.device.type == "cpu" else self._departures.part(index)
-        if departed is None:
-            self._part = self._encoding.part(tensor, piece)
-        else:
-            self._part, self._dtype = departed, None
-
-    def _departing(self, order: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
-        """What leaves a GPU ahead of its frames, as it travels; int8 is made frame by frame."""
-        for index in order:
-            piece = self._slices[index]
-            tensor = self._tensors[piece.parameter]
-            dtype = self._encoding.dtype_of(tensor)
-            here = tensor.device.type == "cpu" or self._start(index) == piece.element_count
-            if not here and dtype is not DType.INT8:
-                part = self._encoding.part(tensor, piece)
-                own = dtype is wire_dtype(tensor.dtype)
-                yield index, part if own else narrowed(part, torch_dtype(dtype))
 
     def _copied(self) -> Tensor:
         """The slice's elements in one piece, where they cannot be viewed so; made once."""
@@ -279,15 +246,16 @@ def _elements(part: Tensor, start: int, stop: int) -> Tensor | None:
     return rows[start // width : stop // width]
 
 
-def _holds(target: Tensor, part: Tensor, through: torch.dtype | None) -> bool:
-    """Whether a part of a parameter holds these weights already, bit for bit."""
-    fresh = _rounded(part.to(target.device), through).to(target.dtype).view(target.shape)
+def _write(target: Tensor, part: Tensor, through: torch.dtype | None) -> bool:
+    """Writes elements, in place; whether they were there before, bit for bit."""
+    fresh = part.to(target.device)
+    if through is not None:
+        fresh = fresh.to(through)
+    fresh = fresh.to(target.dtype).view(target.shape)
     bits = _BITS[target.element_size()]  # -0 is not 0, and NaN is itself
-    return torch.equal(target.view(bits), fresh.view(bits))
-
-
-def _rounded(part: Tensor, through: torch.dtype | None) -> Tensor:
-    return part if through is None else part.to(through)
+    same = torch.equal(target.view(bits), fresh.view(bits))
+    target.copy_(fresh)
+    return same
 
 
 def _in_rows(part: Tensor) -> bool:
