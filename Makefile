@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_ARGS ?=
 TEST_ARGS ?=
 SOAK_ARGS ?=
+BENCH_ARGS ?=
 FAULTS_ARGS ?=
 SEEDS ?= 10000
 # Files of tests are spread over so many processes; 0 for this one alone, to debug in.
@@ -16,7 +17,7 @@ TORCH ?= torch==2.13.0
 # Demo and tests run several processes of torch on one machine; a thread per core in each is too many.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-all sim faults soak test-compose check format protos protos-check pages constraints clean
+.PHONY: help setup demo test test-all sim faults soak bench test-compose check format protos protos-check pages constraints clean
 
 help: ## What can be made.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -48,6 +49,9 @@ faults: setup ## Kills every process at every point of a step; the bits must sta
 
 soak: setup ## A training whose processes are killed at random. SOAK_ARGS='--minutes 2'
 	$(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
+
+bench: setup ## All benchmarks of speed, under 15 minutes. BENCH_ARGS='--only update'
+	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
 
 test-compose: ## Builds the images and trains through the stack of docker-compose.yml.
 	docker/test-compose.sh

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import sys
 from datetime import UTC, datetime
@@ -36,3 +37,9 @@ def cpu_model() -> str:
         if key.strip() == "model name":
             return value.strip()
     return platform.processor() or "unknown"
+
+
+def slug(machine: dict[str, object]) -> str:
+    """A machine, as `provenance` tells it, in letters, digits and hyphens: for names of files."""
+    text = f"{machine['cpu']} {machine['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -13,10 +13,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).parents[1]
-RUN_LIMIT_S = 180.0
+BENCHMARKS = Path(__file__).resolve().parents[1]
+_ROOT = BENCHMARKS.parent
+RUN_LIMIT_S = 300.0
 OUTPUT_LINES = 15
 
 _TELL_VERSIONS = """
@@ -71,6 +73,33 @@ MXNET = Environment(
     installs=(("numpy==1.23.5", "requests", "graphviz"), ("--no-deps", "mxnet==1.9.1")),
 )
 PEERS = (TENSORFLOW, MXNET)
+"""Those whose results are compared."""
+
+# glibc keeps what was freed, which a server of large tensors takes again in the next step.
+_TUNED = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+}
+TORCH_RPC = Environment(name="torch", distributions=("torch",), variables=_TUNED)
+RAY = Environment(
+    name="ray",
+    distributions=("ray", "torch", "adashard-server", "numpy"),
+    installs=(
+        ("-c", str(_ROOT / "constraints.txt"), f"torch=={version('torch').partition('+')[0]}"),
+        ("-c", str(_ROOT / "constraints.txt"), "-e", str(_ROOT / "client")),
+        ("-c", str(_ROOT / "constraints.txt"), "-e", str(_ROOT / "server")),
+        ("ray==2.60.0",),
+    ),
+    variables={
+        **_TUNED,
+        "RAY_AUTH_MODE": "disabled",  # nothing is written into the home folder
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_preallocate_plasma_memory": "1",
+        "RAY_worker_niceness": "0",
+    },
+)
 
 
 def set_up(environment: Environment, folder: Path, python: str) -> None:
